@@ -1,0 +1,1 @@
+"""Front end, program, rules, cost, planning, proof, report and command line."""

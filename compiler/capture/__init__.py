@@ -1,0 +1,1 @@
+"""From an ordinary module or function to a Program."""

@@ -1,0 +1,1 @@
+"""Choosing where everything runs: rules x mesh x cost -> a plan with its reasons and its certificate."""

@@ -1,0 +1,1 @@
+"""The one rule table: what an op does when an axis cuts its inputs."""

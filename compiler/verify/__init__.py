@@ -1,0 +1,1 @@
+"""Proof: every rewritten program is checked against the one before it."""
