@@ -1,3 +1,59 @@
-"""hocket: an ordinary PyTorch module, rewritten to run on many devices, and proven to compute the same function."""
+"""hocket: an ordinary PyTorch module, rewritten to run on many devices, and proven to compute the same function.
+
+    model = hocket.parallelize(model, mesh="tp=2", example_args=(tokens,))
+    loss = model(tokens, targets); loss.backward(); optimizer.step()
+
+Names are imported when first used, so that a rank process that needs only the runtime does not load the compiler.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .compiler.capture import capture
+    from .compiler.doors.parallelize import parallel, parallelize
+    from .compiler.doors.train import train_step
+    from .compiler.plan.tactics import Auto, DataParallel, SequenceParallel, TensorParallel, Zero
+    from .runtime.mesh import Mesh
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Auto",
+    "DataParallel",
+    "Mesh",
+    "SequenceParallel",
+    "TensorParallel",
+    "Zero",
+    "capture",
+    "parallel",
+    "parallelize",
+    "train_step",
+]
+
+_HOME = {
+    "Auto": ".compiler.plan.tactics",
+    "DataParallel": ".compiler.plan.tactics",
+    "Mesh": ".runtime.mesh",
+    "SequenceParallel": ".compiler.plan.tactics",
+    "TensorParallel": ".compiler.plan.tactics",
+    "Zero": ".compiler.plan.tactics",
+    "capture": ".compiler.capture",
+    "parallel": ".compiler.doors.parallelize",
+    "parallelize": ".compiler.doors.parallelize",
+    "train_step": ".compiler.doors.train",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'hocket' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "errors", "__version__"])

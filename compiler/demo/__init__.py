@@ -1,0 +1,1 @@
+"""The demonstration: a small Llama, real English text, two local ranks."""
