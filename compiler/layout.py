@@ -13,7 +13,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from ..runtime.mesh import Mesh
-from ..runtime.shards import chunk_size, coordinate, local_offset, local_size
+from ..runtime.shards import chunk_size, coordinate, local_offset, local_size, padded_size, padding
 
 __all__ = [
     "Layout",
@@ -31,6 +31,8 @@ __all__ = [
     "local_offset",
     "local_shape",
     "local_size",
+    "padded_size",
+    "padding",
     "parse_placement",
     "replicated",
 ]

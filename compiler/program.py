@@ -28,12 +28,12 @@ from torch.utils._pytree import TreeSpec
 
 from ..runtime.mesh import Mesh
 from .errors import HocketError
-from .layout import Layout, coordinate, local_offset, local_size
+from .layout import Layout, coordinate, local_offset, local_size, padded_size, padding
 
 NOTE = "hocket"
 """The only key of ours in ``node.meta``."""
 
-INTEGER_FUNCTIONS = (coordinate, local_offset, local_size)
+INTEGER_FUNCTIONS = (coordinate, local_offset, local_size, padded_size, padding)
 """Rank-dependent integers that may stand in a lowered graph."""
 
 
@@ -87,7 +87,9 @@ class Note:
     source: the user's line, ``"model.py:41 self.o(h)"`` (backward nodes carry that of their forward node); module: qualified name
     of the submodule that ran it; layouts: per output of the node, None for outputs that are not tensors; origin: name of the node
     of the captured program that this one stands for, "" for nodes added by a pass; added_by: name of the pass that added it;
-    shapes: per output, its global sizes as expressions of the program's named sizes, where capture knows them.
+    shapes: per output, its global sizes as expressions of the program's named sizes, where capture knows them; global_shapes: per
+    output of a node of a lowered program, the sizes of the value that the pieces make (None where the node holds no whole value);
+    carries: in a lowered program, the name of the logical node whose value this one holds, in whichever layout.
     """
 
     role: Role | None = None
@@ -100,6 +102,8 @@ class Note:
     origin: str = ""
     added_by: str = ""
     shapes: tuple[tuple[sympy.Expr, ...] | None, ...] | None = None
+    global_shapes: tuple[tuple[int, ...] | None, ...] | None = None
+    carries: str = ""
 
 
 def note(node: fx.Node) -> Note:

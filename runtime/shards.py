@@ -24,6 +24,16 @@ def local_size(total: int, parts: int, index: int) -> int:
     return min(chunk_size(total, parts), total - local_offset(total, parts, index))
 
 
+def padded_size(total: int, parts: int) -> int:
+    """Length once every chunk is as long as the longest: ``parts * ceil(total / parts)``. The extra elements all lie at the end."""
+    return parts * chunk_size(total, parts)
+
+
+def padding(have: int, want: int) -> int:
+    """How many elements are missing to a length."""
+    return want - have
+
+
 def coordinate(axis: str) -> int:
     """Index of the executing rank on a mesh axis. Only a loader or an interpreter that knows the rank can answer."""
     raise RuntimeError(f"coordinate({axis!r}) must be resolved by the executor")
