@@ -1,6 +1,6 @@
 """Cut a global tensor into the pieces of the ranks and join them again, by the layout text of a port (``("S(0)", "R")``).
 
-The same meaning as ``compiler.layout`` (axes outermost first, torch's chunk rule), without DTensor, so that ranks need not import it.
+The same meaning as ``compiler.layout`` (axes outermost first, torch's chunk rule), without DTensor, which ranks need not import.
 Ranks that hold the same piece get the same object.
 """
 
@@ -59,7 +59,7 @@ def local_shape(shape: Sequence[int], layout: Sequence[str], mesh: Mesh, rank: i
 def piece_of(value: torch.Tensor, layout: Sequence[str], mesh: Mesh, rank: int) -> torch.Tensor:
     """The piece of one rank, a view unless it is partial.
 
-    A partial sum (product) is the value on index 0 of its axis and zeros (ones) elsewhere; avg, max and min are the value everywhere.
+    A partial sum (product) is the value on index 0 of its axis, zeros (ones) elsewhere; avg, max and min are the value everywhere.
     """
     where = mesh.coordinate(rank)
     for dim, (offset, length) in enumerate(spans(value.shape, layout, mesh, rank)):

@@ -143,11 +143,12 @@ class RankProgram:
     @functools.cached_property
     def sha256(self) -> str:
         """Digest of the canonical body: the identity of the program."""
-        return digest(_body(self))
+        return digest(encode(_body(self)))
 
     def to_json(self) -> str:
-        """Deterministic text; ``from_json`` restores an equal program."""
-        return encode({**_body(self), "sha256": self.sha256})
+        """Deterministic text ``{"program": body, "sha256": digest}``; ``from_json`` restores an equal program."""
+        body = encode(_body(self))
+        return f'{{"program":{body},"sha256":"{digest(body)}"}}'
 
     @classmethod
     def from_json(cls, text: str | bytes) -> RankProgram:
@@ -158,13 +159,13 @@ class RankProgram:
 
 
 def encode(body: Mapping[str, Any]) -> str:
-    """Canonical JSON: sorted keys, no spaces, no NaN literals."""
+    """Canonical JSON: sorted keys, no spaces, ASCII, no NaN literals."""
     return json.dumps(body, separators=(",", ":"), sort_keys=True, allow_nan=False, ensure_ascii=True)
 
 
-def digest(body: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of a body without its ``sha256``."""
-    return hashlib.sha256(encode(body).encode("ascii")).hexdigest()
+def digest(canonical: str) -> str:
+    """sha256 of the canonical JSON of a body."""
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def _body(program: RankProgram) -> dict[str, Any]:
