@@ -1,0 +1,169 @@
+"""``capture``: from an ordinary module or function and example inputs to a Program.
+
+user's call -> make_fx under fake tensors -> flat functional graph -> Program
+               else torch.export -> its graph through the same trace
+               else dynamo       -> its graph through the same trace
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from ..errors import HocketError
+from ..program import Decision, Literal, Program, Role, RoleKind, Signature, check_program
+from .failures import FATAL, capture_error, explain
+from .flatten import Flat, flatten
+from .leaves import Leaf, check_target, check_tensors, flatten_inputs
+from .lift import ModuleTensors, fake_like, tensors_of
+from .sizes import name_sizes
+from .sources import SourceFinder
+from .trace import Raw, Request, Tracer
+
+Target = nn.Module | Callable[..., Any]
+
+
+def capture(
+    target: Target,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    train: bool = True,
+    sizes: Mapping[str, Sequence[str | None]] | None = None,
+) -> Program:
+    """Trace a module, or a plain function of tensors, into one flat functional graph.
+
+    train=True: the joint graph of forward and backward. Inputs: PARAM, BUFFER, INPUT, SEED (if the step draws random numbers), CONSTANT,
+    TANGENT (one for each differentiable output). Outputs: OUTPUT, GRADIENT (for each parameter and input that requires one; None where
+    unused), UPDATE (changed buffers and inputs). train=False: OUTPUT and UPDATE only, under no_grad. The modes of the submodules
+    (``module.train()``, ``module.eval()``) are taken as they are, and the module is left exactly as found.
+
+    sizes: names for the dimensions of inputs, ``{"args[0]": ("B", "S")}``.
+    Raises InputError for a bad target or example inputs, CaptureError where the function has no single graph.
+    """
+    example = Example.of(target, args, dict(kwargs or {}))
+    return example.capture(train=train, sizes=sizes)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A target with its example inputs, checked and taken apart."""
+
+    target: Target
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaves: list[tuple[str, Leaf]]
+    in_spec: pytree.TreeSpec
+    tensors: ModuleTensors
+
+    @classmethod
+    def of(cls, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+        """Raises InputError."""
+        check_target(target)
+        if isinstance(args, torch.Tensor):
+            args = (args,)
+        leaves, in_spec = flatten_inputs(args, kwargs)
+        tensors = tensors_of(target if isinstance(target, nn.Module) else None)
+        check_tensors(tensors, leaves)
+        return cls(target, tuple(args), kwargs, leaves, in_spec, tensors)
+
+    def capture(
+        self,
+        *,
+        train: bool,
+        sizes: Mapping[str, Sequence[str | None]] | None = None,
+        loss_of: Callable[[Any], torch.Tensor] | None = None,
+    ) -> Program:
+        """Go down the ladder of front ends until one works."""
+        shapes = {name: tuple(leaf.shape) for name, leaf in self.leaves if isinstance(leaf, torch.Tensor)}
+        named = name_sizes(shapes, sizes)
+        failures: list[str] = []
+        first: Exception | None = None
+        for name, prepare in _FRONTS:
+            try:
+                mode = FakeTensorMode(allow_non_fake_inputs=True)
+                raw = Tracer(prepare(self, mode, train, loss_of)).run()
+                flat = flatten(raw, mode)
+            except FATAL:
+                raise
+            except HocketError:
+                raise
+            except Exception as error:
+                first = first or error
+                failures.append(explain(error, name))
+                continue
+            reason = f"traced with {name}" + "".join(f"; {failure}" for failure in failures)
+            return self._program(raw, flat, named).decided(Decision("capture", "", applied=True, reason=reason))
+        assert first is not None
+        raise capture_error(first, failures[1:]) from first
+
+    def request(
+        self,
+        call: Target,
+        module: nn.Module | None,
+        mode: FakeTensorMode,
+        train: bool,
+        loss_of: Callable[[Any], torch.Tensor] | None,
+    ) -> Request:
+        """The request to trace ``call`` (the target itself, or what a fallback made of it)."""
+        named: list[tuple[Role, torch.Tensor]] = []
+        named += [(Role(RoleKind.PARAM, n), t) for n, t in self.tensors.params.items()]
+        named += [(Role(RoleKind.BUFFER, n), t) for n, t in self.tensors.buffers.items()]
+        lifted = len(named)
+        named += [(Role(RoleKind.INPUT, n), t) for n, t in self.leaves if isinstance(t, torch.Tensor)]
+        fakes = [fake_like(tensor, mode) for _, tensor in named]
+
+        def on_leaves(*inputs: torch.Tensor) -> Any:
+            given = iter(inputs)
+            tree = [leaf.value if isinstance(leaf, Literal) else next(given) for _, leaf in self.leaves]
+            args, kwargs = pytree.tree_unflatten(tree, self.in_spec)
+            return call(*args, **kwargs)
+
+        modules = dict(module.named_modules()) if module is not None else {}
+        return Request(
+            call=on_leaves,
+            module=module,
+            roles=[role for role, _ in named],
+            fakes=fakes,
+            replacements={id(t): fake for (_, t), fake in zip(named[:lifted], fakes[:lifted], strict=True)},
+            mode=mode,
+            train=train,
+            loss_of=loss_of,
+            finder=SourceFinder({id(m): n for n, m in modules.items()}, {n: type(m).__name__ for n, m in modules.items()}),
+        )
+
+    def _program(self, raw: Raw, flat: Flat, sizes: dict[str, int]) -> Program:
+        positions = iter([i for i, role in enumerate(flat.inputs) if role.kind is RoleKind.INPUT])
+        signature = Signature(
+            inputs=tuple(flat.inputs),
+            outputs=tuple(flat.outputs),
+            in_spec=self.in_spec,
+            in_leaves=tuple(leaf if isinstance(leaf, Literal) else next(positions) for _, leaf in self.leaves),
+            out_spec=raw.out_spec,
+            out_leaves=tuple(raw.out_leaves),
+            tied=self.tensors.tied,
+        )
+        linecache.checkcache()
+        graph = fx.GraphModule(nn.Module(), flat.graph)
+        program = Program(graph=graph, signature=signature, constants=flat.constants, sizes=sizes)
+        check_program(program)
+        return program
+
+
+Prepare = Callable[[Example, FakeTensorMode, bool, Callable[[Any], torch.Tensor] | None], Request]
+
+
+def _with_make_fx(example: Example, mode: FakeTensorMode, train: bool, loss_of: Callable[[Any], torch.Tensor] | None) -> Request:
+    module = example.target if isinstance(example.target, nn.Module) else None
+    return example.request(example.target, module, mode, train, loss_of)
+
+
+_FRONTS: tuple[tuple[str, Prepare], ...] = (("make_fx", _with_make_fx),)

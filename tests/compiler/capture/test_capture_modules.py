@@ -1,0 +1,58 @@
+"""Captured programs of ordinary modules equal eager: outputs, all gradients, all updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from capture_reference import assert_like_eager
+from hocket.compiler.capture import capture
+from hocket.compiler.program import RoleKind
+from torch import nn
+
+
+def test_batch_norm_statistics_come_out_as_updates() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    program = assert_like_eager(model, (torch.randn(4, 3, 8, 8),))
+    assert list(program.signature.outputs_of(RoleKind.UPDATE)) == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
+
+
+def test_tied_weights_appear_once_and_collect_both_gradients() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 8)
+            self.head = nn.Linear(8, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embedding(x))
+
+    program = assert_like_eager(Tied(), (torch.randint(0, 10, (4, 5)),))
+    assert list(program.signature.inputs_of(RoleKind.PARAM)) == ["embedding.weight"]
+    assert program.signature.tied == {"head.weight": "embedding.weight"}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_module_is_left_exactly_as_found(train: bool) -> None:
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.calls = 0
+            self.seen: list[torch.Size] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.last = self.linear(x)
+            self.seen.append(x.shape)
+            return self.last
+
+    model = Stateful()
+    weight, x = model.linear.weight, torch.randn(4, 8)
+    state = torch.get_rng_state()
+    capture(model, (x,), train=train)
+    assert model.calls == 0
+    assert model.seen == []
+    assert not hasattr(model, "last")
+    assert model.linear.weight is weight
+    assert torch.equal(torch.get_rng_state(), state)
