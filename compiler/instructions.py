@@ -13,7 +13,7 @@ from ..runtime.errors import ProgramError
 from ..runtime.mesh import Mesh
 from ..runtime.ops import COLLECTIVES, WAIT, op_name
 from ..runtime.program import Collective, Instruction
-from ..runtime.shards import coordinate, local_offset, local_size
+from ..runtime.shards import coordinate, local_offset, local_size, padding
 from ..runtime.templates import ARITHMETIC, encode_constant
 from .program import note
 
@@ -103,6 +103,9 @@ class Emitter:
             axis = index.get("coordinate") if isinstance(index, dict) else None
             whole = axis is not None and self.mesh.axis_size(axis) == parts
             return {tag: [total, axis] if whole else [total, parts, index]}
+        if target is padding:
+            have, want = args
+            return {"sub": [want, have]}
         if target in _INTEGER_OPERATORS and len(args) == 2:
             return {_INTEGER_OPERATORS[target]: args}
         raise refusal(node, f"{target} cannot be part of a program")

@@ -20,7 +20,7 @@ from .program import Note, Program, Role, note, producer
 class Ports:
     """Descriptions of inputs and outputs.
 
-    logical: the program before lowering, whose values have the global shapes; without it they come from ``Note.shapes``.
+    logical: the program before lowering, whose values have the global shapes; without it they come from the notes.
     """
 
     program: Program
@@ -63,6 +63,8 @@ class Ports:
     ) -> tuple[int, ...]:
         if original is not None:
             return tuple(int(size) for size in original.meta["val"].shape)
+        if known.global_shapes is not None and known.global_shapes[index] is not None:
+            return known.global_shapes[index] or ()
         shape = known.shapes[index] if known.shapes is not None else None
         if shape is not None:
             return tuple(int(size.subs({s: self.program.sizes[str(s)] for s in size.free_symbols})) for size in shape)

@@ -7,7 +7,7 @@
     {"coordinate": "tp"}                      index of the rank on an axis
     {"size": [total, "tp"]}                   length of the rank's chunk of total over the axis; {"offset": ...} its first index
     {"size": [total, parts, index]}           the same for any number of parts and any index
-    {"add": [a, b]}                           and sub, mul, mod, floordiv, min, max
+    {"add": [a, b]}                           and sub, mul, mod, floordiv, min, max, padded (``shards.padded_size``)
 
 Totals, parts, indices and operands may themselves be expressions.
 """
@@ -24,7 +24,7 @@ import torch
 
 from .errors import ProgramError
 from .mesh import Mesh
-from .shards import local_offset, local_size
+from .shards import local_offset, local_size, padded_size
 
 CHUNKS: dict[str, Callable[[int, int, int], int]] = {"size": local_size, "offset": local_offset}
 ARITHMETIC: dict[str, Callable[[int, int], int]] = {
@@ -35,7 +35,9 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "floordiv": operator.floordiv,
     "min": min,
     "max": max,
+    "padded": padded_size,
 }
+_NONZERO_RIGHT = frozenset(("mod", "floordiv", "padded"))
 EXPRESSIONS = frozenset(("coordinate", *CHUNKS, *ARITHMETIC))
 
 _TORCH_KINDS: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
@@ -148,6 +150,6 @@ def fold_integer(template: Any, site: Site) -> int:
                 return CHUNKS[tag](total, parts, index)
     if tag in ARITHMETIC and isinstance(value, list) and len(value) == 2:
         left, right = (fold_integer(v, site) for v in value)
-        if right != 0 or tag not in ("mod", "floordiv"):
+        if right != 0 or tag not in _NONZERO_RIGHT:
             return ARITHMETIC[tag](left, right)
     raise ProgramError(f"malformed integer expression {{{tag!r}: {value!r}}} on mesh {site.mesh}")

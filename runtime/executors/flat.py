@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import time
-import traceback
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..communicator import Communicator
-from ..errors import InputError, RankFailed, RunError
+from ..errors import InputError, RunError
 from ..load import COMPUTE, WAITING, LoadedProgram, Step
+from .failure import rank_failed
 
 UNSHAPED = frozenset(("all_to_all", "send", "recv"))
 """Collectives whose input shape may differ between the ranks of a group."""
@@ -90,7 +90,7 @@ class FlatExecutor:
     def open(self, inputs: Sequence[torch.Tensor | None]) -> Frame:
         """A frame with the inputs of the first segment, one entry per input port (None for ports of later segments).
 
-        Several frames may be alive. InputError when an input is missing or has the wrong shape or dtype is left to the ops to find.
+        Several frames may be alive. InputError when an input is missing; shapes are not checked here, since this runs every step.
         """
         if len(inputs) != len(self.program.inputs):
             raise InputError(f"expected {len(self.program.inputs)} inputs, found {len(inputs)}")
@@ -171,7 +171,7 @@ class FlatExecutor:
         except RunError:
             raise
         except Exception as error:
-            raise self._failed(index, error) from error
+            raise rank_failed(self.program, self.loaded.rank, index, error) from error
 
     def _run_watched(self, values: list[Any], code: Sequence[_Code]) -> None:
         stamps, monitor, clock = self.stamps, self.monitor or _NoMonitor(), time.monotonic_ns
@@ -199,7 +199,7 @@ class FlatExecutor:
         except RunError:
             raise
         except Exception as error:
-            raise self._failed(index, error) from error
+            raise rank_failed(self.program, self.loaded.rank, index, error) from error
 
     def _announce(self, monitor: Monitor, index: int, kind: str, values: list[Any]) -> None:
         if kind == WAITING:
@@ -209,18 +209,6 @@ class FlatExecutor:
         tensor = values[self.loaded.steps[index].inputs[0]]
         shape = "" if kind in UNSHAPED else tuple(tensor.shape)
         monitor.issue(index, zlib.crc32(f"{ins.op}{ins.args[-1]}{shape}{tensor.dtype}".encode()))
-
-    def _failed(self, index: int, error: Exception) -> RankFailed:
-        text, source = self.program.describe(index), self.program.source(index)
-        first = (str(error).strip().splitlines() or [""])[0]
-        return RankFailed(
-            f"rank {self.loaded.rank} failed at instruction {index}: {text}, from {source or 'an unknown line'}: "
-            f"{type(error).__name__}: {first}",
-            rank=self.loaded.rank,
-            instruction=text,
-            source=source,
-            remote="".join(traceback.format_exception(error)),
-        )
 
 
 class _NoMonitor:
