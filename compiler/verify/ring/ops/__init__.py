@@ -1,0 +1,1 @@
+"""The meaning of ATen ops over the ring, one file a family; ``table`` joins them."""
