@@ -2,8 +2,8 @@
 
     view(x, [B, S, D])  on a piece  ->  reshape(x_local, [B / p, S, D])
 
-Most ops take their sizes from their tensors and need nothing. The ops below name the size of their (first) output as a constant, and
-the constant must become the size of the local output. Strides named beside a size are dropped: a program never depends on them.
+Most ops take their sizes from their tensors and need nothing. The ops below name the size of their (first) output as a constant,
+which must become the size of the local output. Strides named beside a size are dropped: a program never depends on them.
 """
 
 from __future__ import annotations
