@@ -1,5 +1,6 @@
 """From an ordinary module or function to a Program."""
 
 from .front import capture
+from .specialise import Specialisations
 
-__all__ = ["capture"]
+__all__ = ["Specialisations", "capture"]

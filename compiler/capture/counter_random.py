@@ -7,8 +7,8 @@
 The element index is built from broadcast iotas, so ordinary sharding rules cut it like any other value and a sharded program draws
 the numbers of the single-device one. Within an op this *is* splitmix64 (passes BigCrush; period 2^64, equidistributed); two ops are
 two starting points on the same cycle, so their streams overlap only if the keys lie closer than the element count: about n/2^63
-for n elements a stream. Not for cryptography. Uniform numbers carry 24 bits (53 in float64, 11 in float16, 8 in bfloat16), as torch's do;
-normal ones are Box-Muller on 32 + 32 bits, so they reach 6.66 standard deviations.
+for n elements a stream. Not for cryptography. Uniform numbers carry 24 bits (53 in float64, 11 in float16, 8 in bfloat16), as
+torch's do; normal ones are Box-Muller on 32 + 32 bits, so they reach 6.66 standard deviations.
 
 The numbers differ from torch's own generator for the same seed; their distribution does not.
 """
@@ -130,7 +130,8 @@ class CounterRandom:
         bits = self.bits(shape, device)
         radius = ((_shift(bits, 32) + 1).to(wide) * 2.0**-32).log().mul(-2.0).sqrt()
         angle = (bits & 0xFFFFFFFF).to(wide) * (2.0**-32 * 2.0 * math.pi)
-        return (radius * angle.cos()).to(dtype)
+        normal: torch.Tensor = (radius * angle.cos()).to(dtype)
+        return normal
 
     def bernoulli(self, probability: Any, like: torch.Tensor) -> torch.Tensor:
         """Ones with the given probability (a number, or a tensor that broadcasts to ``like``)."""
@@ -203,8 +204,9 @@ def _bernoulli(random: CounterRandom, bound: dict[str, Any]) -> torch.Tensor:
 
 def _normal(random: CounterRandom, bound: dict[str, Any]) -> torch.Tensor:
     mean, std = bound["mean"], bound["std"]
-    like = torch.broadcast_tensors(*[v for v in (mean, std) if isinstance(v, torch.Tensor)])[0]
-    return random.normal(like.shape, like.dtype, like.device) * std + mean
+    like = torch.add(mean, std)
+    drawn: torch.Tensor = random.normal(like.shape, like.dtype, like.device) * std + mean
+    return drawn
 
 
 def _in_place(
@@ -221,7 +223,9 @@ def _in_place(
 
 def _exponential(random: CounterRandom, bound: dict[str, Any]) -> torch.Tensor:
     target = bound["self"]
-    return -(1.0 - random.uniform(target.shape, target.dtype, target.device)).log() / bound["lambd"]
+    uniform = random.uniform(target.shape, target.dtype, target.device)
+    drawn: torch.Tensor = (1.0 - uniform).log() / -bound["lambd"]
+    return drawn
 
 
 _REWRITES: dict[Any, Callable[[CounterRandom, dict[str, Any]], Any]] = {

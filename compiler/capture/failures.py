@@ -16,8 +16,8 @@ from .sources import user_line
 
 _WAYS = {
     "branch": (
-        "Python needs the value of a tensor here (`if`, `.item()`, `float()`, `int()`, indexing a list with a tensor), and a captured "
-        "program has one graph for every value",
+        "Python needs the value of a tensor here (`if`, `.item()`, `float()`, `int()`, indexing a list with a tensor), and a "
+        "captured program has one graph for every value",
         "choose with torch.where, keep the value as a tensor, or compute it outside the model and pass it in",
     ),
     "shape": (
@@ -47,7 +47,8 @@ def capture_error(error: BaseException, others: list[str]) -> CaptureError:
         reason, way_out = _WAYS[kind]
         message = f"cannot capture {where}: {reason}. Way out: {way_out}."
     else:
-        message = f"cannot capture {where}: {type(error).__name__}: {_first_line(error)}. Way out: make this line run under plain autograd first."
+        found = f"{type(error).__name__}: {_first_line(error)}"
+        message = f"cannot capture {where}: {found}. Way out: make this line run under plain autograd first."
     return CaptureError(" ".join([message, *(f"({other})" for other in others)]))
 
 

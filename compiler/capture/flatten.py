@@ -91,7 +91,7 @@ def _ordered(raw: Raw, mode: FakeTensorMode) -> Flat:
         elif old.op == "call_function":
             mapping[old] = graph.node_copy(old, lambda n: mapping[n])
         elif old.op == "output":
-            graph.output(tuple(mapping[x] if isinstance(x, fx.Node) else x for x in old.args[0]))  # type: ignore[union-attr, index]
+            graph.output(tuple(mapping[x] if isinstance(x, fx.Node) else x for x in old.args[0]))
         elif old.op != "placeholder":
             raise CaptureError(f"cannot capture {note(old).source}: the trace holds a {old.op} node; use plain tensor ops there")
     return Flat(graph, [role for role, _ in entries], list(raw.outputs), constants)
@@ -112,8 +112,8 @@ def _constants(module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[st
             )
         if value.requires_grad:
             raise CaptureError(
-                f"cannot capture {_source_of(node)}: it uses a tensor of shape {tuple(value.shape)} that needs a gradient but is neither "
-                "a parameter nor an input; register it as nn.Parameter, or pass it as an argument"
+                f"cannot capture {_source_of(node)}: it uses a tensor of shape {tuple(value.shape)} that needs a gradient but is "
+                "neither a parameter nor an input; register it as nn.Parameter, or pass it as an argument"
             )
         name = names.setdefault(id(value), f"constant{len(names)}")
         values[name] = value
@@ -158,7 +158,7 @@ def _functional(flat: Flat, mode: FakeTensorMode) -> Flat:
         results = _Replay(module, proxy_mode.tracer.graph).run(*values, enable_io_processing=False)
         return [value for value, missing in zip(results, absent, strict=True) if not missing]
 
-    wrapped: Callable[..., Any] = torch.func.functionalize(run, remove="mutations")  # type: ignore[attr-defined]
+    wrapped: Callable[..., Any] = torch.func.functionalize(run, remove="mutations")
     with mode, torch.no_grad():
         traced = make_fx(lambda *values: wrapped(*values))(*[_fresh(n.meta["val"]) for n in placeholders])
     roles = dict(zip([n for n in traced.graph.nodes if n.op == "placeholder"], flat.inputs, strict=True))

@@ -26,7 +26,7 @@ from .leaves import Leaf, check_target, check_tensors, flatten_inputs
 from .lift import ModuleTensors, fake_like, tensors_of
 from .sizes import name_sizes
 from .sources import SourceFinder
-from .trace import Raw, Request, Tracer
+from .trace import Aim, Raw, Request, Tracer
 
 Target = nn.Module | Callable[..., Any]
 
@@ -41,16 +41,16 @@ def capture(
 ) -> Program:
     """Trace a module, or a plain function of tensors, into one flat functional graph.
 
-    train=True: the joint graph of forward and backward. Inputs: PARAM, BUFFER, INPUT, SEED (if the step draws random numbers), CONSTANT,
-    TANGENT (one for each differentiable output). Outputs: OUTPUT, GRADIENT (for each parameter and input that requires one; None where
-    unused), UPDATE (changed buffers and inputs). train=False: OUTPUT and UPDATE only, under no_grad. The modes of the submodules
-    (``module.train()``, ``module.eval()``) are taken as they are, and the module is left exactly as found.
+    train=True: the joint graph of forward and backward. Inputs: PARAM, BUFFER, INPUT, SEED (if the step draws random numbers),
+    CONSTANT, TANGENT (one for each differentiable output). Outputs: OUTPUT, GRADIENT (for each parameter and input that requires
+    one; None where unused), UPDATE (changed buffers and inputs). train=False: OUTPUT and UPDATE only, under no_grad. The modes of the
+    submodules (``module.train()``, ``module.eval()``) are taken as they are, and the module is left exactly as found.
 
     sizes: names for the dimensions of inputs, ``{"args[0]": ("B", "S")}``.
     Raises InputError for a bad target or example inputs, CaptureError where the function has no single graph.
     """
     example = Example.of(target, args, dict(kwargs or {}))
-    return example.capture(train=train, sizes=sizes)
+    return example.capture(Aim(train=train), sizes)
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,8 @@ class Example:
 
     def capture(
         self,
-        *,
-        train: bool,
+        aim: Aim,
         sizes: Mapping[str, Sequence[str | None]] | None = None,
-        loss_of: Callable[[Any], torch.Tensor] | None = None,
     ) -> Program:
         """Go down the ladder of front ends until one works."""
         shapes = {name: tuple(leaf.shape) for name, leaf in self.leaves if isinstance(leaf, torch.Tensor)}
@@ -90,7 +88,7 @@ class Example:
         for name, prepare in _FRONTS:
             try:
                 mode = FakeTensorMode(allow_non_fake_inputs=True)
-                raw = Tracer(prepare(self, mode, train, loss_of)).run()
+                raw = Tracer(prepare(self, mode, aim)).run()
                 flat = flatten(raw, mode)
             except FATAL:
                 raise
@@ -110,8 +108,7 @@ class Example:
         call: Target,
         module: nn.Module | None,
         mode: FakeTensorMode,
-        train: bool,
-        loss_of: Callable[[Any], torch.Tensor] | None,
+        aim: Aim,
     ) -> Request:
         """The request to trace ``call`` (the target itself, or what a fallback made of it)."""
         named: list[tuple[Role, torch.Tensor]] = []
@@ -135,8 +132,7 @@ class Example:
             fakes=fakes,
             replacements={id(t): fake for (_, t), fake in zip(named[:lifted], fakes[:lifted], strict=True)},
             mode=mode,
-            train=train,
-            loss_of=loss_of,
+            aim=aim,
             finder=SourceFinder({id(m): n for n, m in modules.items()}, {n: type(m).__name__ for n, m in modules.items()}),
         )
 
@@ -158,12 +154,12 @@ class Example:
         return program
 
 
-Prepare = Callable[[Example, FakeTensorMode, bool, Callable[[Any], torch.Tensor] | None], Request]
+Prepare = Callable[[Example, FakeTensorMode, Aim], Request]
 
 
-def _with_make_fx(example: Example, mode: FakeTensorMode, train: bool, loss_of: Callable[[Any], torch.Tensor] | None) -> Request:
+def _with_make_fx(example: Example, mode: FakeTensorMode, aim: Aim) -> Request:
     module = example.target if isinstance(example.target, nn.Module) else None
-    return example.request(example.target, module, mode, train, loss_of)
+    return example.request(example.target, module, mode, aim)
 
 
 _FRONTS: tuple[tuple[str, Prepare], ...] = (("make_fx", _with_make_fx),)

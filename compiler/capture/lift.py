@@ -31,7 +31,7 @@ def tensors_of(module: nn.Module | None) -> ModuleTensors:
     """The parameters and buffers of a module (none for a plain function)."""
     if module is None:
         return ModuleTensors({}, {}, {})
-    params = dict(module.named_parameters())
+    params: dict[str, torch.Tensor] = dict(module.named_parameters())
     buffers = dict(module.named_buffers())
     first = {id(tensor): name for name, tensor in {**buffers, **params}.items()}
     every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

@@ -21,18 +21,22 @@ from .sources import SourceFinder
 _aten = torch.ops.aten
 
 
+def _last_sequence_number() -> int:
+    return int(torch.autograd._get_sequence_nr()) - 1  # type: ignore[attr-defined]
+
+
 def in_backward() -> bool:
     """True while autograd's engine runs."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sits above make_fx's own mode: sees each ATen op before it becomes a node of ``graph``."""
 
     supports_higher_order_operators = True
 
     def __init__(self, graph: fx.Graph, finder: SourceFinder, random: CounterRandom) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
         self.finder = finder
         self.random = random
@@ -61,12 +65,12 @@ class Recorder(TorchDispatchMode):
         source, module = self.finder.locate(frame)
         if not in_backward():
             # The node of autograd's graph is created just before its op is dispatched, so its number is the last one given.
-            self._by_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, (source, module))
+            self._by_sequence.setdefault(_last_sequence_number(), (source, module))
             return Note(source=source, module=module)
         current = torch._C._current_autograd_node()
         inherited = self._by_sequence.get(current._sequence_nr()) if current is not None else None
         if source:  # recomputation, or a backward formula of the user's own: it has its own line, and creates numbers of its own
-            self._by_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, (source, module))
+            self._by_sequence.setdefault(_last_sequence_number(), (source, module))
             return Note(source=source, module=module or (inherited[1] if inherited else ""), phase=Phase.BACKWARD_INPUT)
         source, module = inherited or ("", "")
         return Note(source=source, module=module, phase=Phase.BACKWARD_INPUT)

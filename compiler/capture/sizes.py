@@ -1,4 +1,4 @@
-"""Names for the sizes of the inputs: ``B`` for dimension 0, ``S`` for dimension 1, then letters; equal leading sizes are one name."""
+"""Names for the sizes of the inputs: ``B`` for dimension 0, ``S`` for dimension 1, then letters; equal leading sizes share one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _LETTERS = [letter for letter in string.ascii_uppercase if letter not in "BS"]
 def name_sizes(shapes: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[str | None]] | None = None) -> dict[str, int]:
     """Name -> size for the dimensions of the INPUT leaves.
 
-    shapes: input name -> sizes. given: names the user chose, ``{"args[0]": ("B", "S")}`` (None leaves a dimension unnamed). Leading
-    dimensions of equal size share a name, and so do second dimensions. Raises InputError for unknown inputs or a name with two sizes.
+    shapes: input name -> sizes. given: names the user chose, ``{"args[0]": ("B", "S")}`` (None leaves a dimension unnamed). Equal
+    sizes of the same dimension share a name. Raises InputError for unknown inputs or a name with two sizes.
     """
     given = given or {}
     sizes: dict[str, int] = {}

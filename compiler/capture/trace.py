@@ -39,13 +39,25 @@ class Raw:
     out_leaves: list[int | Literal]
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What is wanted of a trace.
+
+    train: with the backward. loss_of: picks the scalar to differentiate from the result; without it every differentiable output
+    has a tangent. regions: trace repeated blocks once.
+    """
+
+    train: bool
+    loss_of: Callable[[Any], torch.Tensor] | None = None
+    regions: bool = True
+
+
 @dataclass
 class Request:
     """What to trace.
 
-    call: the user's function of ``leaves`` (the INPUT tensors, in order; it rebuilds the tree). module: whose parameters and buffers
-    (real tensors, by id in ``replacements``) are lifted. roles: of all starting inputs, in order; fakes: their fake tensors.
-    loss_of: picks the scalar to differentiate from the result, instead of one tangent for every differentiable output.
+    call: the user's function of ``leaves`` (the INPUT tensors, in order; it rebuilds the tree). module: whose parameters and
+    buffers (real tensors, by id in ``replacements``) are lifted. roles, fakes: of all starting inputs, in order.
     """
 
     call: Callable[..., Any]
@@ -54,8 +66,7 @@ class Request:
     fakes: list[torch.Tensor]
     replacements: dict[int, torch.Tensor]
     mode: FakeTensorMode
-    train: bool
-    loss_of: Callable[[Any], torch.Tensor] | None = None
+    aim: Aim
     finder: SourceFinder = field(default_factory=lambda: SourceFinder({}))
 
 
@@ -103,12 +114,12 @@ class Tracer:
         assert proxy_mode is not None
         recorder = Recorder(proxy_mode.tracer.graph, request.finder, self.random)
         inputs = [t for t, role in zip(flat, request.roles, strict=True) if role.kind is RoleKind.INPUT]
-        with holding(request.module, request.replacements), recorder, torch.set_grad_enabled(request.train):
+        with holding(request.module, request.replacements), recorder, torch.set_grad_enabled(request.aim.train):
             result = request.call(*inputs)
-            loss = request.loss_of(result) if request.loss_of else None
+            loss = request.aim.loss_of(result) if request.aim.loss_of else None
             values = self._name_outputs(result, loss)
             updates = self._reassigned_buffers(flat)
-            gradients = self._differentiate(values, flat, loss) if request.train else []
+            gradients = self._differentiate(values, flat, loss) if request.aim.train else []
         return values + gradients + updates
 
     def _name_outputs(self, result: Any, loss: torch.Tensor | None) -> list[Any]:
@@ -164,11 +175,11 @@ class Tracer:
 
 @contextlib.contextmanager
 def _quiet_backends() -> Iterator[None]:
-    """Backends that would hide the model behind one opaque op: fused recurrent nets, the encoder's fast path, cuDNN's batch norm."""
+    """Without the backends that hide a model in one opaque op: fused recurrent nets, the encoder's fast path, cuDNN's norms."""
     fast, onednn, cudnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)
-    torch._C._set_cudnn_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # noqa: FBT003
+    torch._C._set_cudnn_enabled(False)  # noqa: FBT003
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
+
 from hocket.compiler.capture import capture
 from hocket.compiler.program import Literal, Program, RoleKind
 

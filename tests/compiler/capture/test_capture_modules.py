@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from capture_reference import assert_like_eager
+from torch import nn
+
 from hocket.compiler.capture import capture
 from hocket.compiler.program import RoleKind
-from torch import nn
 
 
 def test_batch_norm_statistics_come_out_as_updates() -> None:
