@@ -40,8 +40,9 @@ class Join(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """A collective of one partition on one axis: one group of each kind, where groups whose members hold the same classes are of one
-    kind; and the partitions of its results: per kind (``same``), or per kind and index on the axis (``own``).
+    """A collective of one partition on one axis. Groups whose members hold the same classes are of one kind.
+
+    members: one group of each kind; same, own: the partitions of results, per kind or per kind and index on the axis.
     """
 
     members: tuple[tuple[int, ...], ...]

@@ -1,0 +1,240 @@
+import json
+import math
+
+import pytest
+import torch
+from hand_lowered import ATEN, Builder, data_parallel_training, tensor_parallel_mlp, uneven_windows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hocket.compiler.emit import emit
+from hocket.runtime.errors import ProgramError
+from hocket.runtime.load import load
+from hocket.runtime.mesh import Mesh
+from hocket.runtime.ops import overload_of
+from hocket.runtime.program import VERSION, RankProgram, digest, encode
+from hocket.runtime.templates import Site, encode_constant, fold
+from hocket.runtime.validate import check_rank_program
+
+CASES = (tensor_parallel_mlp, data_parallel_training, uneven_windows)
+
+constants = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**62), 2**62),
+    st.floats(),
+    st.text(max_size=8),
+    st.complex_numbers(),
+    st.sampled_from([torch.float32, torch.bool, torch.strided, torch.channels_last, torch.device("cpu"), torch.device("cuda")]),
+)
+
+
+def tampered(program: RankProgram, **changes) -> str:
+    """The text of a program with some fields of its body replaced and a digest that fits."""
+    body = {**json.loads(program.to_json())["program"], **changes}
+    return json.dumps({"program": body, "sha256": digest(encode(body))})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_text_restores_an_equal_program_and_is_deterministic(case):
+    program = emit(case())
+    text = program.to_json()
+    again = RankProgram.from_json(text)
+    assert again == program
+    assert again.to_json() == text == emit(case()).to_json()
+    assert again.sha256 == program.sha256
+    assert RankProgram.from_json(json.dumps(json.loads(text), indent=1).encode()) == program
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.recursive(constants, lambda inner: st.lists(inner, max_size=3), max_leaves=6))
+def test_constants_survive_json_and_folding(value):
+    template = json.loads(encode({"x": encode_constant(value)}))["x"]
+    folded = fold(template, Site.of(Mesh((("d", 1),)), 0))
+    assert repr(folded) == repr(value)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "mul", "clamp", "cat", "split", "scale", "convert"]),
+            st.integers(0, 9),
+            st.integers(0, 9),
+            st.floats(allow_nan=False),
+        ),
+        max_size=12,
+    ),
+    st.integers(0, 9),
+)
+def test_random_programs_survive_json(steps, last):
+    b = Builder("d=1")
+    values = [b.input("input", "x", (2, 4), "R"), b.input("param", "w", (2, 4), "R")]
+    for kind, i, j, number in steps:
+        one, two = values[i % len(values)], values[j % len(values)]
+        match kind:
+            case "add":
+                values.append(b.op(ATEN.add.Tensor, one, two, alpha=number))
+            case "mul":
+                values.append(b.op(ATEN.mul.Tensor, one, two))
+            case "scale":
+                values.append(b.op(ATEN.mul.Tensor, one, number))
+            case "clamp":
+                values.append(b.op(ATEN.clamp.default, one, -math.inf, number))
+            case "convert":
+                values.append(b.op(ATEN._to_copy.default, one, dtype=torch.float32, memory_format=torch.contiguous_format))
+            case "cat":
+                values.append(b.op(ATEN.slice.Tensor, b.op(ATEN.cat.default, [one, two], 1), 1, 2, 6))
+            case "split":
+                halves = b.op(ATEN.split.Tensor, one, 2, 1)
+                import operator
+
+                values.append(b.op(ATEN.cat.default, [b.op(operator.getitem, halves, 1), b.op(operator.getitem, halves, 0)], 1))
+    b.output("output", "y", values[last % len(values)], "R", (2, 4))
+    program = emit(b.program())
+    assert RankProgram.from_json(program.to_json()) == program
+
+
+def test_every_flipped_byte_is_refused():
+    text = emit(data_parallel_training()).to_json()
+    for position in range(0, len(text), 7):
+        broken = text[:position] + chr((ord(text[position]) ^ 1) or 1) + text[position + 1 :]
+        with pytest.raises(ProgramError):
+            RankProgram.from_json(broken)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"program":{},"sha256":""}', "[" * 100000, "\xff", '{"a":NaN}', "1" * 5000]
+)
+def test_text_that_is_no_program_is_refused(text):
+    with pytest.raises(ProgramError):
+        RankProgram.from_json(text)
+
+
+def test_a_truncated_program_is_refused():
+    text = emit(data_parallel_training()).to_json()
+    for length in (10, len(text) // 2, len(text) - 1):
+        with pytest.raises(ProgramError):
+            RankProgram.from_json(text[:length])
+
+
+def test_a_newer_program_says_so():
+    with pytest.raises(ProgramError, match="upgrade hocket"):
+        RankProgram.from_json(tampered(emit(data_parallel_training()), version=VERSION + 1))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "os.system.default",
+        "builtins.eval.default",
+        "aten.mm",
+        "quantized.add.default",
+        "aten.mm.default;",
+        "_c10d_functional.all_reduce_.default",
+    ],
+)
+def test_ops_outside_the_allow_list_are_refused_when_read(op):
+    program = emit(data_parallel_training())
+    instructions = [list(ins) for ins in program.instructions]
+    instructions[0][0] = op
+    with pytest.raises(ProgramError, match=r"not allowed|not supported"):
+        RankProgram.from_json(tampered(program, instructions=instructions))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "aten.nosuch.default",
+        "aten.mm.nosuch",
+        "aten.add_.Tensor",
+        "aten.from_file.default",
+        "aten.save.default",
+        "hocket.nosuch.default",
+    ],
+)
+def test_ops_that_are_unknown_or_not_functional_are_refused_when_loaded(op):
+    with pytest.raises(ProgramError):
+        overload_of(op)
+    program = emit(data_parallel_training())
+    instructions = [list(ins) for ins in program.instructions]
+    instructions[0][0] = op
+    with pytest.raises(ProgramError):
+        load(RankProgram.from_json(tampered(program, instructions=instructions)), 0)
+
+
+def broken_bodies():
+    program = emit(data_parallel_training())
+    raw = json.loads(program.to_json())["program"]
+
+    def edit(**changes):
+        return {**raw, **changes}
+
+    def instruction(index, position, value):
+        copy = [list(ins) for ins in raw["instructions"]]
+        copy[index][position] = value
+        return edit(instructions=copy)
+
+    yield "reads an unwritten slot", instruction(0, 1, [{"slot": 12}, {"slot": 1}])
+    yield "reads a slot out of range", instruction(0, 1, [{"slot": 10**9}, {"slot": 1}])
+    yield "writes an input", instruction(0, 3, [0])
+    yield "frees a slot that is still read", instruction(0, 5, [0, 1, 2])
+    yield "a negative free", instruction(0, 5, [-1])
+    yield "a boolean slot", instruction(0, 3, [True])
+    yield "no such location", instruction(0, 6, 99)
+    yield "more slots than writes", edit(slots=10**9)
+    yield "segments leave a gap", edit(segments=[raw["segments"][0], ["backward", 99, 99, [4], [], []]])
+    yield "an output twice", edit(segments=[raw["segments"][0], raw["segments"][0]])
+    yield "a missing field", {k: v for k, v in raw.items() if k != "slots"}
+    yield "an unlisted collective", edit(collectives=raw["collectives"][:1])
+    yield "a mesh axis of size 0", edit(mesh=[["dp", 0]])
+    yield "another mesh axis", edit(mesh=[["tp", 2]])
+    yield "a layout of another rank", edit(inputs=[["input", "x", [6], "float32", ["S(3)"]], *raw["inputs"][1:]])
+    yield "a shape of strings", edit(inputs=[["input", "x", ["6"], "float32", ["R"]], *raw["inputs"][1:]])
+    index = raw["collectives"][0][0]
+    wait = next(i for i, ins in enumerate(raw["instructions"]) if i > index and "wait_tensor" in ins[0])
+    yield "a collective read without a wait", instruction(wait, 0, "aten.neg.default")
+    yield "a wait for something else", instruction(0, 0, "_c10d_functional.wait_tensor.default")
+
+
+@pytest.mark.parametrize(("name", "body"), list(broken_bodies()), ids=lambda v: v if isinstance(v, str) else "")
+def test_malformed_programs_are_refused(name, body):
+    with pytest.raises(ProgramError):
+        RankProgram.from_json(json.dumps({"program": body, "sha256": digest(encode(body))}))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"dtype": "nosuch"},
+        {"dtype": ["x"]},
+        {"device": "cpu:0;"},
+        {"a": 1, "b": 2},
+        {},
+        {"size": [5, "xx"]},
+        {"size": [5, []]},
+        {"mod": [1, 0]},
+        {"float": "1"},
+    ],
+)
+def test_malformed_arguments_are_refused_when_loaded(template):
+    program = emit(data_parallel_training())
+    instructions = [list(ins) for ins in program.instructions]
+    instructions[3][1] = [{"slot": 3}, template]
+    assert instructions[3][0] == "aten.add.Tensor"
+    with pytest.raises(ProgramError):
+        load(RankProgram.from_json(tampered(program, instructions=instructions)), 0)
+
+
+def test_rank_dependent_integers_fold_to_the_chunks_of_each_rank():
+    mesh = Mesh.parse("dp=2,tp=3")
+    template = {"size": [{"size": [11, "dp"]}, "tp"]}
+    sizes = [fold(template, Site.of(mesh, rank)) for rank in range(6)]
+    assert sizes == [2, 2, 2, 2, 2, 1]
+    assert [fold({"offset": [7, 3, {"coordinate": "tp"}]}, Site.of(mesh, r)) for r in range(3)] == [0, 3, 6]
+    assert fold({"padded": [7, 3]}, Site.of(mesh, 0)) == 9
+
+
+def test_check_accepts_what_emit_makes():
+    for case in CASES:
+        check_rank_program(emit(case()))
