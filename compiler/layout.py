@@ -6,6 +6,7 @@ layout (Shard(0), Shard(0))     the dp piece is cut again over tp (left to right
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "format_layout",
     "format_placement",
     "global_slices",
+    "has_empty_piece",
     "local_offset",
     "local_shape",
     "local_size",
@@ -88,6 +90,21 @@ def global_slices(shape: Sequence[int], layout: Layout, mesh: Mesh, rank: int) -
 def local_shape(shape: Sequence[int], layout: Layout, mesh: Mesh, rank: int = 0) -> tuple[int, ...]:
     """Shape of the piece that ``rank`` holds."""
     return tuple(length for _, length in global_slices(shape, layout, mesh, rank))
+
+
+def has_empty_piece(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
+    """Whether some rank holds nothing of a value that is not empty itself (8 over 2 and then over 3 leaves 2, 2, 0, ...)."""
+    return _has_empty_piece(tuple(shape), layout, mesh)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _has_empty_piece(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
+    lengths = [{size} for size in shape]
+    for placement, (_, parts) in zip(layout, mesh.axes, strict=True):
+        if isinstance(placement, Shard):
+            dim = placement.dim
+            lengths[dim] = {local_size(n, parts, index) for n in lengths[dim] for index in range(parts)}
+    return 0 not in shape and any(0 in found for found in lengths)
 
 
 def cut(value: torch.Tensor, layout: Layout, mesh: Mesh) -> list[torch.Tensor]:
