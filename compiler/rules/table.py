@@ -22,6 +22,7 @@ from .answer import Answer, answer_from_json, answer_to_json
 from .discover import discover
 from .families import family_rules
 from .linear import linear_rules
+from .localise import names_sizes
 from .rule import Rule
 from .shrink import Trial, shrink
 from .signature import OpSignature, signature_of, spec_of, target_name
@@ -31,6 +32,22 @@ from .validate import failure, fits
 
 USER_CACHE = default_cache_dir()
 """Where answers are kept between runs unless told otherwise."""
+
+
+POSITIONAL = frozenset(
+    {
+        torch.ops.aten.arange.default,
+        torch.ops.aten.arange.start,
+        torch.ops.aten.arange.start_step,
+        torch.ops.aten.linspace.default,
+        torch.ops.aten.eye.default,
+        torch.ops.aten.eye.m,
+        torch.ops.aten.tril_indices.default,
+        torch.ops.aten.triu_indices.default,
+        torch.ops.prims.iota.default,
+    }
+)
+"""Ops whose values are functions of the position alone."""
 
 
 class RuleTable:
@@ -94,7 +111,8 @@ class RuleTable:
             return Answer((whole,), _no_rule(signature.target, obstacle))
         problems: list[str] = []
         candidates = list(_candidates(signature, parts, problems))
-        fitting = _distinct(rule for rule in candidates if fits(rule, signature, parts) and not rule.is_replicate)
+        creates = not signature.tensors or names_sizes(signature.target)
+        fitting = [rule for rule in _distinct(candidates) if fits(rule, signature, parts) and (creates or _cuts_inputs(rule))]
         if not self._validate:
             reason = "" if fitting else _no_rule(signature.target, "no source names one that fits")
             return Answer((whole, *fitting), reason)
@@ -108,7 +126,9 @@ class RuleTable:
             accepted = self._accept(trial, found, rejected)
         if accepted:
             return Answer((whole, *accepted), "", tuple(rejected))
-        return Answer((whole,), _no_rule(signature.target, _why_none(candidates, rejected, problems, parts)), tuple(rejected))
+        return Answer(
+            (whole,), _no_rule(signature.target, _why_none(signature, candidates, rejected, problems, parts)), tuple(rejected)
+        )
 
     def _accept(self, trial: Trial, rules: list[Rule], rejected: list[tuple[Rule, str]]) -> list[Rule]:
         accepted = []
@@ -146,13 +166,18 @@ def _candidates(signature: OpSignature, parts: int, problems: list[str]) -> Iter
     yield from linear_rules(signature)
 
 
-def _distinct(rules: Iterator[Rule]) -> list[Rule]:
-    """The first rule of each kind. Cuts of nothing (all inputs whole, outputs not) are kept for ops that create tensors only."""
+def _distinct(rules: list[Rule]) -> list[Rule]:
+    """The first rule of each kind, without the one that every op has."""
     seen: dict[tuple[Placement | None, ...], Rule] = {}
     for rule in rules:
-        if not rule.inputs or not all(isinstance(p, Replicate) for p in rule.inputs) or rule.origin == "hocket:creation":
+        if not rule.is_replicate:
             seen.setdefault(rule.inputs + rule.outputs, rule)
     return list(seen.values())
+
+
+def _cuts_inputs(rule: Rule) -> bool:
+    """Whether pieces go in. Pieces can come out of whole inputs only where the op is told the size to make."""
+    return not all(isinstance(placement, Replicate) for placement in rule.inputs)
 
 
 def _obstacle(signature: OpSignature) -> str:
@@ -160,17 +185,24 @@ def _obstacle(signature: OpSignature) -> str:
     target = signature.target
     if not isinstance(target, torch._ops.OpOverload):
         return "it is not an operator with a schema"
-    if all(spec is None for spec in signature.outputs):
+    made = [spec for spec in signature.outputs if spec is not None]
+    if not made:
         return "it computes no tensor"
     if target._schema.is_mutable:
         return "it changes its input in place"
     tags = target.tags
+    if target in POSITIONAL:
+        return "its values depend on where they stand; make them whole and cut them"
     if torch.Tag.nondeterministic_seeded in tags and signature.arguments.get("dropout_p") != 0.0:
         return "it draws random numbers, and pieces would draw different ones"
     return ""
 
 
-def _why_none(candidates: list[Rule], rejected: list[tuple[Rule, str]], problems: list[str], parts: int) -> str:
+def _why_none(
+    signature: OpSignature, candidates: list[Rule], rejected: list[tuple[Rule, str]], problems: list[str], parts: int
+) -> str:
+    if all(size <= 1 for spec in (*signature.tensors, *signature.outputs) if spec is not None for size in spec.shape):
+        return "there is no dimension to cut, and it is not linear"
     if rejected:
         rule, why = rejected[0]
         return f"all {len(rejected)} candidates fail on pieces, the first of them {rule}: {why}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..layout import Placement, Shard, format_placement, local_size
+from ..layout import Partial, Placement, Shard, format_placement, local_size
 from .execute import UNDEFINED_VALUES, run
 from .localise import localise
 from .pieces import cut_value, local_sizes, represents
@@ -22,7 +22,7 @@ from .signature import OpSignature, TensorSpec
 
 
 def fits(rule: Rule, signature: OpSignature, parts: int) -> bool:
-    """Whether every dimension that the rule cuts exists and leaves no rank without a piece."""
+    """Whether every dimension that the rule cuts leaves each rank a piece, and every partial value has a type that reduces so."""
     sides = ((rule.inputs, signature.tensors), (rule.outputs, signature.outputs))
     if any(len(placements) != len(specs) for placements, specs in sides):
         return False
@@ -32,11 +32,19 @@ def fits(rule: Rule, signature: OpSignature, parts: int) -> bool:
                 return False
             if isinstance(placement, Shard) and spec is not None and not _can_cut(spec, placement.dim, parts):
                 return False
+            if isinstance(placement, Partial) and spec is not None and not _can_be_partial(spec.dtype, placement.reduce_op):
+                return False
     return True
 
 
 def _can_cut(spec: TensorSpec, dim: int, parts: int) -> bool:
     return 0 <= dim < len(spec.shape) and spec.shape[dim] >= parts and local_size(spec.shape[dim], parts, parts - 1) > 0
+
+
+def _can_be_partial(dtype: torch.dtype, reduce_op: str) -> bool:
+    if reduce_op in ("max", "min"):
+        return dtype is not torch.bool and not dtype.is_complex
+    return dtype.is_floating_point or dtype.is_complex or (reduce_op == "sum" and dtype in (torch.int32, torch.int64))
 
 
 def failure(trial: Trial, rule: Rule) -> str:
