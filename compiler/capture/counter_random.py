@@ -136,7 +136,8 @@ class CounterRandom:
     def bernoulli(self, probability: Any, like: torch.Tensor) -> torch.Tensor:
         """Ones with the given probability (a number, or a tensor that broadcasts to ``like``)."""
         wide = torch.float64 if like.dtype is torch.float64 else torch.float32
-        return (self.uniform(like.shape, wide, like.device) < probability).to(like.dtype)
+        drawn: torch.Tensor = self.uniform(like.shape, wide, like.device) < probability
+        return drawn.to(like.dtype)
 
     def integers(self, low: int, high: int, shape: Sequence[int], device: torch.device) -> torch.Tensor:
         """Integers in [low, high); the bias of the remainder is below (high - low) / 2^63."""

@@ -77,7 +77,7 @@ def _ordered(raw: Raw, mode: FakeTensorMode) -> Flat:
     entries.sort(key=lambda entry: _ORDER.index(entry[0].kind))
     named: dict[str, fx.Node] = {}
     for role, old in entries:
-        node = graph.placeholder(_identifier(role))
+        node = graph.placeholder(identifier(role))
         if old is not None:
             mapping[old] = node
             node.meta["val"] = old.meta["val"]
@@ -125,7 +125,8 @@ def _source_of(node: fx.Node) -> str:
     return next((note(user).source for user in node.users if note(user).source), note(node).source) or "the model"
 
 
-def _identifier(role: Role) -> str:
+def identifier(role: Role) -> str:
+    """A node name for an input."""
     return re.sub(r"\W+", "_", f"{role.kind.value}_{role.name}").strip("_")
 
 
@@ -169,7 +170,7 @@ def _functional(flat: Flat, mode: FakeTensorMode) -> Flat:
         _to_update(node, roles, outputs, values)
     output_node(traced.graph).args = (tuple(values),)
     for node, role in roles.items():
-        node.name = node.target = _identifier(role)
+        node.name = node.target = identifier(role)
         node.meta[NOTE] = Note(role=role)
     return Flat(traced.graph, flat.inputs, outputs, flat.constants)
 
@@ -182,13 +183,12 @@ def _to_update(node: fx.Node, roles: dict[fx.Node, Role], outputs: list[Role], v
     """One trailing ``copy_(input, value)``."""
     base = node.args[0]
     role = roles.get(base) if isinstance(base, fx.Node) else None
+    source = next((note(n).source for n in (node, *node.all_input_nodes) if note(n).source), "the model")
     if node.target is not _aten.copy_.default or role is None:
-        raise CaptureError(
-            f"cannot capture {note(node).source}: {node.target} changes a tensor in a way that cannot be made functional"
-        )
+        raise CaptureError(f"cannot capture {source}: {node.target} changes a tensor in a way that cannot be made functional")
     if role.kind is RoleKind.CONSTANT:
         raise CaptureError(
-            f"cannot capture {note(node).source}: it changes a tensor that is neither a buffer nor an input; "
+            f"cannot capture {source}: it changes a tensor that is neither a buffer nor an input; "
             "use register_buffer, so that the change has a place to go"
         )
     update = Role(RoleKind.UPDATE, role.name)

@@ -43,8 +43,8 @@ def capture(
 
     train=True: the joint graph of forward and backward. Inputs: PARAM, BUFFER, INPUT, SEED (if the step draws random numbers),
     CONSTANT, TANGENT (one for each differentiable output). Outputs: OUTPUT, GRADIENT (for each parameter and input that requires
-    one; None where unused), UPDATE (changed buffers and inputs). train=False: OUTPUT and UPDATE only, under no_grad. The modes of the
-    submodules (``module.train()``, ``module.eval()``) are taken as they are, and the module is left exactly as found.
+    one; None where unused), UPDATE (changed buffers and inputs). train=False: OUTPUT and UPDATE only, under no_grad. The modes of
+    the submodules (``module.train()``, ``module.eval()``) are taken as they are, and the module is left exactly as found.
 
     sizes: names for the dimensions of inputs, ``{"args[0]": ("B", "S")}``.
     Raises InputError for a bad target or example inputs, CaptureError where the function has no single graph.
