@@ -148,7 +148,7 @@ def _with_frees(program: RankProgram) -> RankProgram:
             last[port] = (True, position)
         for index in range(segment.start, segment.stop):
             ins = program.instructions[index]
-            for slot in (*slots_in(ins.args), *(s for v in ins.kwargs.values() for s in slots_in(v)), *ins.outputs):
+            for slot in (*slots_in(ins.args), *slots_in(ins.kwargs.values()), *ins.outputs):
                 last[slot] = (False, index)
         for _, slot in segment.results:
             last[slot] = (True, position)

@@ -82,6 +82,7 @@ class _Loader:
         self.constants: list[Any] = []
         self.varying: dict[int, Any] = {}
         self._interned: dict[tuple[type, Any], int] = {}
+        self._bound: dict[tuple[str, str], Callable[..., Any]] = {}
 
     def step(self, index: int, ins: Instruction) -> Step:
         output, spread = (-1, ins.outputs) if ins.spread else (ins.outputs[0], ())
@@ -91,20 +92,38 @@ class _Loader:
             return Step(index, collective.method, None, inputs, output, spread, ins.frees)
         if ins.op == WAIT:
             return Step(index, WAITING, None, (self._position(ins.args[0]),), output, spread, ins.frees)
-        positions: list[int] = []
-        direct = True
-        for template in ins.args:
-            if self._is_flat(template):
-                positions.append(self._position(template))
-            else:
-                direct = False
-                break
         call = resolve(ins.op)
-        if not direct or not all(self._is_constant(t) for t in ins.kwargs.values()):
+        positions = self._flat_positions(ins.args)
+        if positions is not None and ins.kwargs:
+            call, positions = self._with_keywords(call, ins, positions)
+        if positions is None:
             call, positions = self._wrapped(call, ins)
-        elif ins.kwargs:
-            call = functools.partial(call, **{name: fold(t, self.site) for name, t in ins.kwargs.items()})
         return Step(index, COMPUTE, call, tuple(positions), output, spread, ins.frees)
+
+    def _flat_positions(self, args: list[Any]) -> list[int] | None:
+        """Where each argument lies in the frame; None when one of them has slots inside a list."""
+        positions: list[int] = []
+        for template in args:
+            if type(template) is dict and "slot" in template:
+                positions.append(template["slot"])
+            elif type(template) is list and _has_slot(template):
+                return None
+            else:
+                positions.append(self._position(template))
+        return positions
+
+    def _with_keywords(
+        self, call: Callable[..., Any], ins: Instruction, positions: list[int]
+    ) -> tuple[Callable[..., Any], list[int] | None]:
+        """``call`` with its constant keywords bound; positions become None when a keyword is not the same on all ranks."""
+        key = (ins.op, repr(ins.kwargs))
+        known = self._bound.get(key)
+        if known is None:
+            if any(_has_slot(t) or is_rank_dependent(t) for t in ins.kwargs.values()):
+                return call, None
+            known = functools.partial(call, **{name: fold(t, self.site) for name, t in ins.kwargs.items()})
+            self._bound[key] = known
+        return known, positions
 
     def _wrapped(self, call: Callable[..., Any], ins: Instruction) -> tuple[Callable[..., Any], list[int]]:
         """``call`` behind a function of flat values, for slots in nested lists and anything unusual in keywords."""
@@ -134,31 +153,19 @@ class _Loader:
         """Whether a template is one position of the frame: a slot, or a constant."""
         return not isinstance(template, list) or not _has_slot(template)
 
-    @staticmethod
-    def _is_constant(template: Any) -> bool:
-        """Whether a template has neither slots nor rank-dependent integers, so that it can be bound once for all ranks."""
-        return not _has_slot(template) and not is_rank_dependent(template)
-
     def _position(self, template: Any) -> int:
         kind = type(template)
-        if kind is dict:
-            if "slot" in template:
-                slot: int = template["slot"]
-                return slot
-        elif kind is not list:
-            key = (kind, repr(template) if kind is float else template)  # 0.0 and -0.0 are equal
-            known = self._interned.get(key)
-            if known is None:
-                known = self._interned[key] = self._add(template)
-            return known
-        position = self._add(fold(template, self.site))
-        if is_rank_dependent(template):
-            self.varying[position] = template
-        return position
-
-    def _add(self, value: Any) -> int:
-        self.constants.append(value)
-        return self.slots + len(self.constants) - 1
+        if kind is dict and "slot" in template:
+            slot: int = template["slot"]
+            return slot
+        key = (kind, template if kind is int or kind is str else repr(template))  # repr: 0.0 and -0.0 are equal, lists have no hash
+        known = self._interned.get(key)
+        if known is None:
+            known = self._interned[key] = self.slots + len(self.constants)
+            self.constants.append(fold(template, self.site))
+            if is_rank_dependent(template):
+                self.varying[known] = template
+        return known
 
 
 def _has_slot(template: Any) -> bool:

@@ -6,7 +6,7 @@ Ranks that hold the same piece get the same object.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,7 +14,14 @@ from .errors import ProgramError
 from .mesh import Mesh
 from .shards import local_offset, local_size
 
-PARTIAL_OPS = ("sum", "avg", "max", "min", "product")
+_COMBINE: dict[str, Callable[..., torch.Tensor]] = {
+    "sum": torch.add,
+    "avg": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "product": torch.mul,
+}
+PARTIAL_OPS = tuple(_COMBINE)
 
 
 def shard_dim(placement: str) -> int | None:
@@ -113,17 +120,13 @@ def _join(pieces: Sequence[torch.Tensor], placement: str) -> torch.Tensor:
 
 
 def reduce_tensors(pieces: Sequence[torch.Tensor], op: str) -> torch.Tensor:
-    """Elementwise ``op`` over a list of equal shapes, as a new tensor."""
-    stacked = torch.stack(list(pieces))
-    match op:
-        case "sum":
-            return stacked.sum(0, dtype=stacked.dtype)
-        case "avg":
-            return stacked.sum(0, dtype=stacked.dtype).div_(len(pieces))
-        case "max":
-            return stacked.amax(0)
-        case "min":
-            return stacked.amin(0)
-        case "product":
-            return stacked.prod(0, dtype=stacked.dtype)
-    raise ProgramError(f"expected one of the reductions {PARTIAL_OPS}, found {op!r}")
+    """Elementwise ``op`` over equal shapes, in rank order, as a new tensor."""
+    combine = _COMBINE.get(op)
+    if combine is None:
+        raise ProgramError(f"expected one of the reductions {PARTIAL_OPS}, found {op!r}")
+    if len(pieces) == 1:
+        return pieces[0].clone()
+    result = combine(pieces[0], pieces[1])
+    for piece in pieces[2:]:
+        combine(result, piece, out=result)
+    return result.div_(len(pieces)) if op == "avg" else result

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,14 +92,17 @@ def encode_constant(value: Any) -> Any:
     raise TypeError(f"a program cannot hold an argument of type {type(value).__name__}: {value!r}")
 
 
-def slots_in(template: Any) -> Iterator[int]:
-    """The slots a template reads, in order, repeats kept."""
-    if isinstance(template, dict):
-        if "slot" in template:
-            yield template["slot"]
-    elif isinstance(template, list):
-        for item in template:
-            yield from slots_in(item)
+def slots_in(templates: Iterable[Any]) -> list[int]:
+    """The slots that some templates read, in order, repeats kept."""
+    found: list[int] = []
+    for template in templates:
+        kind = type(template)
+        if kind is dict:
+            if "slot" in template:
+                found.append(template["slot"])
+        elif kind is list:
+            found.extend(slots_in(template))
+    return found
 
 
 def is_rank_dependent(template: Any) -> bool:

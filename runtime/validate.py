@@ -12,7 +12,7 @@ All violations raise ProgramError; nothing of the text is executed or imported.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from .errors import InputError, ProgramError
@@ -195,46 +195,42 @@ class _Liveness:
         self.state = [self.ABSENT] * program.slots
 
     def check(self) -> None:
-        for segment in self.program.segments:
+        for number, segment in enumerate(self.program.segments):
             for port in segment.inputs:
                 self.state[port] = self.READY
             for index in range(segment.start, segment.stop):
                 self._step(index, self.program.instructions[index])
-            where: Callable[[], str] = lambda s=segment: f"segment {s.name!r}"  # type: ignore[misc]  # noqa: E731
-            for _, slot in segment.results:
-                if slot >= 0:
-                    self._expect(slot, self.READY, where)
+            self._expect([slot for _, slot in segment.results if slot >= 0], self.READY, -1 - number)
             for slot in segment.frees:
-                self._expect(slot, self.READY, where)
+                self._expect((slot,), self.READY, -1 - number)
                 self.state[slot] = self.FREED
 
     def _step(self, index: int, ins: Instruction) -> None:
-        def where() -> str:
-            return self.program.describe(index)
+        op, args, kwargs, outputs, spread, frees, location, _ = ins
+        state = self.state
+        read = slots_in(args)
+        if kwargs:
+            read += slots_in(kwargs.values())
+        self._expect(read, self.PENDING if op == WAIT else self.READY, index)
+        written = [slot for slot in outputs if slot >= 0] if spread else outputs
+        self._expect(written, self.ABSENT, index)
+        for slot in written:
+            state[slot] = self.PENDING if op in COLLECTIVES else self.READY
+        if op == WAIT and (kwargs or args not in [[{"slot": slot}] for slot in frees]):
+            raise ProgramError(f"{self.program.describe(index)}: a collective is waited for once, and its slot freed there")
+        waited = args[0]["slot"] if op == WAIT else outputs[0] if op == SEND and outputs else None
+        for slot in frees:
+            self._expect((slot,), self.PENDING if slot == waited else self.READY, index)
+            state[slot] = self.FREED
+        if not 0 <= location < len(self.program.locations) or (not spread and len(outputs) != 1):
+            raise ProgramError(f"{self.program.describe(index)}: malformed location or outputs")
 
-        expected = self.PENDING if ins.op == WAIT else self.READY
-        for slot in slots_in(ins.args):
-            self._expect(slot, expected, where)
-        for template in ins.kwargs.values():
-            for slot in slots_in(template):
-                self._expect(slot, expected, where)
-        for slot in ins.outputs:
-            if slot >= 0:
-                self._expect(slot, self.ABSENT, where)
-                self.state[slot] = self.PENDING if ins.op in COLLECTIVES else self.READY
-        for slot in ins.frees:
-            self._expect(slot, self.PENDING if ins.op in (WAIT, SEND) and self._is_pending(slot) else self.READY, where)
-            self.state[slot] = self.FREED
-        if ins.op == WAIT and (ins.kwargs or ins.args not in [[{"slot": slot}] for slot in ins.frees]):
-            raise ProgramError(f"{where()}: a collective is waited for once, and its slot freed there")
-        if not 0 <= ins.location < len(self.program.locations) or (not ins.spread and len(ins.outputs) != 1):
-            raise ProgramError(f"{where()}: malformed location or outputs")
-
-    def _is_pending(self, slot: int) -> bool:
-        return 0 <= slot < len(self.state) and self.state[slot] == self.PENDING
-
-    def _expect(self, slot: int, state: str, where: Callable[[], str]) -> None:
-        if not isinstance(slot, int) or not 0 <= slot < len(self.state):
-            raise ProgramError(f"{where()}: there is no slot {slot!r}")
-        if self.state[slot] != state:
-            raise ProgramError(f"{where()}: slot {slot} is {self.state[slot]}, expected one that is {state}")
+    def _expect(self, slots: Iterable[Any], wanted: str, index: int) -> None:
+        """All slots are in the wanted state; ``index``: the instruction at work, or -1 - n for the end of segment n."""
+        state, count = self.state, len(self.state)
+        for slot in slots:
+            known = type(slot) is int and 0 <= slot < count
+            if not known or state[slot] is not wanted:
+                where = self.program.describe(index) if index >= 0 else f"segment {self.program.segments[-1 - index].name!r}"
+                found = f"is {state[slot]}" if known else "does not exist"
+                raise ProgramError(f"{where}: slot {slot!r} {found}, expected one that is {wanted}")
