@@ -162,9 +162,15 @@ class Algebra:
         for value, number in ((x, y), (y, x)):
             if isinstance(value, RingTensor) and value.factor is not None and isinstance(number, (int, float)):
                 return self._scaled(value, number, self.lift(number))
-        a, b = self.pair(x, y)
+        a, b = self.pair(self._number(x), self._number(y))
         a, b = self.settle(a), self.settle(b)
         return RingTensor(self.ring.mul(a.data, b.data), None, a.loose or b.loose, self.dtype_of(x, y))
+
+    def _number(self, x: Value) -> Value:
+        """A factor is read as the number it is, also where it is as large as a mask value."""
+        if isinstance(x, float) and math.isfinite(x) and x < MINUS_INFINITY:
+            return RingTensor(self.ring.constant(read(x)))
+        return x
 
     def _scaled(self, x: RingTensor, number: float, element: RingTensor) -> RingTensor:
         """A number times a value with a log part: a small integer keeps it, k (a + log b) = k a + log b^k; -inf stays -inf."""
@@ -228,6 +234,7 @@ class Algebra:
     def exp(self, x: Value) -> RingTensor:
         """E(a) b: well defined also for loose values."""
         a = self.lift(x)
+        self.used.add("exp")
         data = self.ring.exp(a.data)
         if a.factor is not None:
             data = self.ring.mul(data, a.factor)

@@ -10,6 +10,7 @@ Both components of E are non-trivial, so exponentials may be nested to any depth
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -252,6 +253,11 @@ class Ring:
             self._constants[literal] = value[:, 0]
         return self._constants[literal]
 
+    def has_fourth_root(self, prime: int) -> bool:
+        """Whether both fields hold a true fourth root, so that products of such roots are exact."""
+        quarters = ((self.r, math.gcd(4, self.r - 1)), (self.p, 2))
+        return all(pow(prime, (modulus - 1) // degree, modulus) == 1 for modulus, degree in quarters)
+
     @functools.cache  # noqa: B019
     def _root_of_prime(self, prime: int, quarters: int) -> torch.Tensor:
         """prime^(quarters/4), ``[4]``: from true roots where both fields have them, else from the multiplicative root map."""
@@ -319,5 +325,3 @@ def _mix(z: torch.Tensor) -> torch.Tensor:
     z = (z ^ (z >> 33)) * -49064778989728563
     z = (z ^ (z >> 29)) * -4265267296055464877
     return z ^ (z >> 32)
-
-

@@ -103,7 +103,7 @@ def extreme(alg: Algebra, x: RingTensor, dims: Sequence[int], *, keepdim: bool, 
     """amax or amin over non-negative dims."""
     for dim in sorted(dims, reverse=True):
         key = real_key(alg, x)
-        index = (key.argmax(dim, keepdim=True) if largest else key.argmin(dim, keepdim=True))
+        index = key.argmax(dim, keepdim=True) if largest else key.argmin(dim, keepdim=True)
         x = take(x, dim, index)
         if not keepdim:
             known = None if x.known is None else x.known.squeeze(dim)

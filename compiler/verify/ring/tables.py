@@ -22,8 +22,11 @@ import numpy as np
 import sympy
 import torch
 
-PRIMES = (1559, 1847, 911)
-"""Default p, strongest first: r = 2,432,041, 3,413,257 and 830,833."""
+PRIMES = (1559, 1847)
+"""The default pair: r = 2,432,041 and 3,413,257. Fourth roots of 2, 3 and 13 in both, of 5 in the first."""
+
+MORE_PRIMES = (911, 839, 1583)
+"""Rings for literals whose roots the default pair lacks: 839 has a fourth root of 7, 1583 one of 11."""
 
 VERSION = 1
 """Of the table layout on disk; a file of another version is another file."""

@@ -91,7 +91,9 @@ class Saved:
     lse: RingTensor
 
 
-def backward(alg: Algebra, grad: RingTensor, saved: Saved, setting: Setting) -> tuple[RingTensor, RingTensor, RingTensor, RingTensor]:
+def backward(
+    alg: Algebra, grad: RingTensor, saved: Saved, setting: Setting
+) -> tuple[RingTensor, RingTensor, RingTensor, RingTensor]:
     """(dq, dk, dv, d mask before any reduction)."""
     q, heads, kv_heads = saved.q, saved.q.shape[1], saved.k.shape[1]
     k, v = _share_heads(alg, saved.k, heads), _share_heads(alg, saved.v, heads)

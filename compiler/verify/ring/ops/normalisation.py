@@ -69,7 +69,9 @@ def rms_norm(alg: Algebra, x: RingTensor, shape: Sequence[int], weight: Value, e
     return _affine(alg, alg.mul(x, rstd), weight, None), rstd
 
 
-def rms_norm_composite(alg: Algebra, x: RingTensor, shape: Sequence[int], weight: Value = None, eps: float | None = None) -> RingTensor:
+def rms_norm_composite(
+    alg: Algebra, x: RingTensor, shape: Sequence[int], weight: Value = None, eps: float | None = None
+) -> RingTensor:
     """y alone."""
     result: RingTensor = rms_norm(alg, x, shape, weight, eps)[0]
     return result
@@ -171,7 +173,9 @@ def batch_norm(
     return y, centre, rstd, new_mean, new_var
 
 
-def batch_norm_evaluation(alg: Algebra, x: RingTensor, weight: Value, bias: Value, mean_: Value, var_: Value, momentum: float, eps: float) -> Any:
+def batch_norm_evaluation(
+    alg: Algebra, x: RingTensor, weight: Value, bias: Value, mean_: Value, var_: Value, momentum: float, eps: float
+) -> Any:
     """The no-training form: (y, empty, empty)."""
     return batch_norm(alg, x, weight, bias, mean_, var_, False, momentum, eps)[:3]
 
@@ -196,7 +200,9 @@ def batch_norm_without_buffers(
 
 def batch_norm_legit(alg: Algebra, x: RingTensor, weight: Value, bias: Value, *rest: Any) -> Any:
     """_native_batch_norm_legit, with or without running statistics."""
-    return batch_norm_without_buffers(alg, x, weight, bias, *rest) if len(rest) == 3 else batch_norm_pure(alg, x, weight, bias, *rest)
+    return (
+        batch_norm_without_buffers(alg, x, weight, bias, *rest) if len(rest) == 3 else batch_norm_pure(alg, x, weight, bias, *rest)
+    )
 
 
 def batch_norm_update(
@@ -248,7 +254,9 @@ def weight_norm(alg: Algebra, v: RingTensor, g: RingTensor, dim: int = 0) -> tup
     return alg.mul(v, alg.div(g, norm)), norm
 
 
-def weight_norm_backward(alg: Algebra, grad: RingTensor, v: RingTensor, g: RingTensor, norm: RingTensor, dim: int) -> tuple[RingTensor, RingTensor]:
+def weight_norm_backward(
+    alg: Algebra, grad: RingTensor, v: RingTensor, g: RingTensor, norm: RingTensor, dim: int
+) -> tuple[RingTensor, RingTensor]:
     """Gradients of v and g."""
     dims = [d for d in range(v.ndim) if d != dim % v.ndim]
     inner = sum_(alg, alg.mul(v, grad), dims, keepdim=True)

@@ -74,7 +74,9 @@ def _known_only(alg: Algebra, function: Callable[..., torch.Tensor], *arguments:
     values = [alg.lift(a) for a in arguments]
     known = [v.known for v in values]
     if any(k is None for k in known):
-        raise UnsupportedError("rounding of a computed value has no exact meaning; only constants, masks and positions can be rounded")
+        raise UnsupportedError(
+            "rounding of a computed value has no exact meaning; only constants, masks and positions can be rounded"
+        )
     return alg.lift(function(*known), values[0].dtype)
 
 
@@ -254,7 +256,9 @@ def to_dtype(alg: Algebra, x: Value, dtype: torch.dtype | None = None, **options
     if dtype == torch.bool:
         return compare(alg, "ne", value, 0)
     if value.known is None:
-        raise UnsupportedError(f"a computed floating point value is cast to {dtype}: what it rounds to is not determined by exact arithmetic")
+        raise UnsupportedError(
+            f"a computed floating point value is cast to {dtype}: what it rounds to is not determined by exact arithmetic"
+        )
     return value.known.to(dtype)
 
 

@@ -71,7 +71,9 @@ def expand(alg: Algebra, x: RingTensor, shape: Sequence[int], implicit: bool = F
     return x.map(lambda t: t.expand(4, *size))
 
 
-def slice_(alg: Algebra, x: RingTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> RingTensor:
+def slice_(
+    alg: Algebra, x: RingTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> RingTensor:
     """x[..., start:end:step, ...]."""
     index = (slice(None),) * (dim % x.ndim + 1) + (slice(start, end, step),)
     return x.map(lambda t: t[index])

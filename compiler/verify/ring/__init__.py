@@ -1,0 +1,1 @@
+"""The finite exponential ring: programs are evaluated exactly and compared with ``==``."""
