@@ -1,0 +1,292 @@
+"""Exact minimum of a sum of small tables by variable elimination (bucket elimination, Dechter 1999), sharing equal sub-problems.
+
+    min over x of  f1(x1,x2) + f2(x2,x3) + ...   =   min over the rest of  (min over x2 of f1 + f2) + ...
+
+Costs are integers. Each new table is normalised (its minimum is moved into a constant) and interned by its contents, and
+eliminations are remembered by the tables they combine: a block that repeats thirty times is solved once, without tying the copies
+together.
+
+Where a combined table would grow beyond ``max_table`` entries its factors are split and minimised apart (mini-buckets, Dechter and
+Rish 2003). That gives a valid lower bound; the labels decoded from it are then improved one at a time and the gap is reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Table = npt.NDArray[np.int64]
+
+INFINITE = 1 << 57
+"""A forbidden combination. Sums of up to 31 forbidden entries do not overflow; results are clipped to this value."""
+
+_ADDED_AT_ONCE = 31
+
+
+class Infeasible(Exception):
+    """No labels satisfy every table. variable: one whose labels are all forbidden."""
+
+    def __init__(self, variable: int) -> None:
+        super().__init__(f"variable {variable} has no label left")
+        self.variable = variable
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A table over one or two (or more) distinct variables; axis i of the table is variable i."""
+
+    variables: tuple[int, ...]
+    table: Table
+
+
+@dataclass(frozen=True)
+class Solution:
+    """labels: one per variable; objective: their cost; lower_bound: no labels cost less; solved, reused: eliminations made and
+    shared.
+    """
+
+    labels: list[int]
+    objective: int
+    lower_bound: int
+    solved: int
+    reused: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the labels are proven optimal."""
+        return self.objective == self.lower_bound
+
+
+def minimise(domains: Sequence[int], factors: Sequence[Factor], *, max_table: int = 1 << 23) -> Solution:
+    """Labels of least total cost; ties go to the label that comes first where elimination decides it. Raises Infeasible."""
+    kept = _consistent_labels(domains, factors)
+    store = _Store()
+    elimination = _Elimination([len(labels) for labels in kept], store, max_table)
+    for factor in factors:
+        elimination.add(factor.variables, store.restricted(factor, kept))
+    lower = elimination.run()
+    chosen = elimination.decode()
+    labels = [int(kept[i][label]) for i, label in enumerate(chosen)]
+    objective = evaluate(labels, factors)
+    if objective > lower:
+        labels, objective = _improved(labels, kept, factors)
+    if objective >= INFINITE:
+        raise Infeasible(0)
+    return Solution(labels, objective, min(lower, objective), elimination.solved, elimination.reused)
+
+
+def evaluate(labels: Sequence[int], factors: Sequence[Factor]) -> int:
+    """Total cost of some labels."""
+    return sum(int(f.table[tuple(labels[v] for v in f.variables)]) for f in factors)
+
+
+def _consistent_labels(domains: Sequence[int], factors: Sequence[Factor]) -> list[npt.NDArray[np.intp]]:
+    """Labels left after dropping those forbidden by a single table, until nothing changes (arc consistency)."""
+    alive = [np.ones(size, dtype=bool) for size in domains]
+    allowed = {id(f.table): f.table < INFINITE for f in factors}
+    touching: list[list[Factor]] = [[] for _ in domains]
+    for factor in factors:
+        for variable in factor.variables:
+            touching[variable].append(factor)
+    pending = [f for f in factors if not allowed[id(f.table)].all()]
+    while pending:
+        factor = pending.pop()
+        table = allowed[id(factor.table)]
+        for axis, variable in enumerate(factor.variables):
+            others = tuple(i for i in range(len(factor.variables)) if i != axis)
+            index = tuple(
+                np.flatnonzero(alive[v]) if i != axis else np.arange(len(alive[v])) for i, v in enumerate(factor.variables)
+            )
+            supported = np.asarray(table[np.ix_(*index)].any(axis=others)) if others else table
+            if not supported[alive[variable]].all():
+                alive[variable] &= supported
+                if not alive[variable].any():
+                    raise Infeasible(variable)
+                pending.extend(f for f in touching[variable] if f is not factor and not allowed[id(f.table)].all())
+    return [np.flatnonzero(mask) for mask in alive]
+
+
+def _improved(labels: list[int], kept: Sequence[npt.NDArray[np.intp]], factors: Sequence[Factor]) -> tuple[list[int], int]:
+    """Change one label at a time while that helps (iterated conditional modes)."""
+    touching: list[list[Factor]] = [[] for _ in kept]
+    for factor in factors:
+        for variable in factor.variables:
+            touching[variable].append(factor)
+    changed = True
+    while changed:
+        changed = False
+        for variable, choices in enumerate(kept):
+            row = np.zeros(int(choices.max()) + 1, dtype=object)  # python integers: many forbidden entries may add up
+            for factor in touching[variable]:
+                index = tuple(slice(None) if v == variable else labels[v] for v in factor.variables)
+                row += factor.table[index][: len(row)].astype(object)
+            best = min(choices, key=lambda label: (row[label], label != labels[variable]))
+            if row[best] < row[labels[variable]]:
+                labels[variable] = int(best)
+                changed = True
+    return labels, evaluate(labels, factors)
+
+
+class _Store:
+    """Tables by contents: equal tables have equal numbers."""
+
+    def __init__(self) -> None:
+        self.tables: list[Table] = []
+        self._numbers: dict[tuple[tuple[int, ...], bytes], int] = {}
+        self._restricted: dict[tuple[object, ...], int] = {}
+
+    def intern(self, table: Table) -> int:
+        """The number of a table."""
+        table = np.ascontiguousarray(table)
+        key = (table.shape, hashlib.blake2b(table.tobytes(), digest_size=16).digest())
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self.tables)
+            self.tables.append(table)
+        return number
+
+    def restricted(self, factor: Factor, kept: Sequence[npt.NDArray[np.intp]]) -> int:
+        """The number of a factor's table on the labels that are left. The factor's array must outlive this store."""
+        shape = factor.table.shape
+        whole = all(len(kept[v]) == size for v, size in zip(factor.variables, shape, strict=True))
+        key: tuple[object, ...] = (id(factor.table),)
+        if not whole:
+            key += tuple(kept[v].tobytes() for v in factor.variables)
+        number = self._restricted.get(key)
+        if number is None:
+            table = factor.table if whole else factor.table[np.ix_(*(kept[v] for v in factor.variables))]
+            number = self._restricted[key] = self.intern(np.minimum(table, INFINITE))
+        return number
+
+
+_Scoped = tuple[tuple[int, ...], int]
+"""Variables and the number of a table."""
+
+
+class _Elimination:
+    def __init__(self, domains: list[int], store: _Store, max_table: int) -> None:
+        self.domains, self.store, self.max_table = domains, store, max_table
+        self.solved = self.reused = 0
+        self._factors: list[dict[int, _Scoped]] = [{} for _ in domains]
+        self._neighbours: list[set[int]] = [set() for _ in domains]
+        self._count = 0
+        self._constant = 0
+        self._buckets: list[tuple[int, list[_Scoped]]] = []
+        self._known: dict[tuple[object, ...], tuple[int, int]] = {}
+
+    def add(self, variables: tuple[int, ...], number: int) -> None:
+        """Add a table to the sum. A table over nothing is normalised, and so zero."""
+        if not variables:
+            return
+        for variable in variables:
+            self._factors[variable][self._count] = (variables, number)
+            self._neighbours[variable].update(variables)
+            self._neighbours[variable].discard(variable)
+        self._count += 1
+
+    def run(self) -> int:
+        """Eliminate every variable, cheapest table first, and return the minimum (a lower bound of it if tables had to be
+        split).
+        """
+        queue = [(self._size(v), v) for v in range(len(self.domains))]
+        heapq.heapify(queue)
+        done = [False] * len(self.domains)
+        while queue:
+            size, variable = heapq.heappop(queue)
+            if done[variable]:
+                continue
+            current = self._size(variable)
+            if current != size:
+                heapq.heappush(queue, (current, variable))
+                continue
+            done[variable] = True
+            touched = sorted(self._neighbours[variable])
+            self._eliminate(variable)
+            for neighbour in touched:
+                heapq.heappush(queue, (self._size(neighbour), neighbour))
+        return self._constant
+
+    def _size(self, variable: int) -> int:
+        return self.domains[variable] * math.prod([self.domains[n] for n in self._neighbours[variable]])
+
+    def _eliminate(self, variable: int) -> None:
+        bucket = list(self._factors[variable].values())
+        for number, (variables, _) in list(self._factors[variable].items()):
+            for other in variables:
+                self._factors[other].pop(number, None)
+        self._buckets.append((variable, bucket))
+        is_split = self._size(variable) > self.max_table
+        for neighbour in self._neighbours[variable]:
+            if is_split:  # some neighbours may lose each other
+                scopes = (scope for scope, _ in self._factors[neighbour].values())
+                self._neighbours[neighbour] = {v for scope in scopes for v in scope if v != neighbour}
+            else:
+                self._neighbours[neighbour].discard(variable)
+        for part in self._split(bucket) if is_split else [bucket]:
+            scope = sorted({v for variables, _ in part for v in variables} - {variable})
+            self.add(tuple(scope), self._minimised(variable, scope, part))
+
+    def _split(self, bucket: list[_Scoped]) -> list[list[_Scoped]]:
+        """Groups of factors whose joint tables are small enough, widest factors first."""
+        parts: list[tuple[set[int], list[_Scoped]]] = []
+        for variables, number in sorted(bucket, key=lambda f: -len(f[0])):
+            for scope, part in parts:
+                union = scope | set(variables)
+                if math.prod([self.domains[v] for v in union]) <= self.max_table:
+                    scope.update(variables)
+                    part.append((variables, number))
+                    break
+            else:
+                parts.append((set(variables), [(variables, number)]))
+        return [part for _, part in parts]
+
+    def _minimised(self, variable: int, scope: list[int], part: list[_Scoped]) -> int:
+        """Number of the normalised table  min over variable of the sum of the part; its minimum goes to the constant."""
+        axis = {v: i for i, v in enumerate((variable, *scope))}
+        placed = sorted((tuple(axis[v] for v in variables), number) for variables, number in part)
+        key = (tuple(placed), tuple(self.domains[v] for v in axis))
+        known = self._known.get(key)
+        if known is None:
+            self.solved += 1
+            total = np.zeros([self.domains[v] for v in axis], dtype=np.int64)
+            for count, (axes, number) in enumerate(placed, 1):
+                total += _spread(self.store.tables[number], axes, total.ndim)
+                if count % (_ADDED_AT_ONCE - 1) == 0:
+                    np.minimum(total, INFINITE, out=total)
+            least = np.minimum(total.min(0), INFINITE)
+            offset = int(least.min())
+            if offset >= INFINITE:
+                raise Infeasible(variable)
+            known = (self.store.intern(np.where(least >= INFINITE, INFINITE, least - offset)), offset)
+            self._known[key] = known
+        else:
+            self.reused += 1
+        number, offset = known
+        self._constant += offset
+        return number
+
+    def decode(self) -> list[int]:
+        """Labels by going back through the eliminations: each variable's best given those eliminated after it."""
+        labels = [0] * len(self.domains)
+        for variable, bucket in reversed(self._buckets):
+            row = np.zeros(self.domains[variable], dtype=np.int64)
+            for variables, number in bucket:
+                row += self.store.tables[number][tuple(slice(None) if v == variable else labels[v] for v in variables)]
+                np.minimum(row, INFINITE, out=row)
+            labels[variable] = int(row.argmin())
+        return labels
+
+
+def _spread(table: Table, axes: tuple[int, ...], rank: int) -> Table:
+    """A view of the table in which its axes stand at ``axes`` of a tensor of ``rank`` dimensions."""
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    shape = [1] * rank
+    for position in order:
+        shape[axes[position]] = table.shape[position]
+    return table.transpose(order).reshape(shape)
