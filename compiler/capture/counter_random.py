@@ -174,7 +174,9 @@ def _where(bound: dict[str, Any]) -> tuple[list[int], torch.dtype, torch.device]
         return list(like.shape), bound.get("dtype") or like.dtype, bound.get("device") or like.device
     device = bound.get("device")
     default = torch.int64 if "high" in bound else torch.get_default_dtype()
-    return list(bound["size"]), bound.get("dtype") or default, torch.device("cpu") if device is None else torch.device(device)
+    if not isinstance(bound.get("dtype"), torch.dtype):  # a schema's default is a number, not a dtype
+        bound["dtype"] = default
+    return list(bound["size"]), bound["dtype"], torch.device("cpu") if device is None else torch.device(device)
 
 
 def _native_dropout(random: CounterRandom, bound: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,6 +231,15 @@ def _exponential(random: CounterRandom, bound: dict[str, Any]) -> torch.Tensor:
     return drawn
 
 
+def _rrelu(random: CounterRandom, bound: dict[str, Any]) -> torch.Tensor:
+    x, noise, lower, upper = bound["self"], bound["noise"], bound["lower"], bound["upper"]
+    if not bound["training"]:
+        return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+    slope = random.uniform(x.shape, x.dtype, x.device) * (upper - lower) + lower
+    noise.copy_(torch.where(x > 0, 1.0, slope))
+    return torch.mul(x, noise)
+
+
 _REWRITES: dict[Any, Callable[[CounterRandom, dict[str, Any]], Any]] = {
     _aten.native_dropout.default: _native_dropout,
     _aten.rand.default: _rand,
@@ -247,6 +258,8 @@ _REWRITES: dict[Any, Callable[[CounterRandom, dict[str, Any]], Any]] = {
     _aten.normal.float_Tensor: _normal,
     _aten.normal.Tensor_Tensor: _normal,
     _aten.normal_.default: _in_place(lambda r, b: r.normal(*_where(b)) * b["std"] + b["mean"]),
+    _aten.normal.float_float: lambda r, b: r.normal(*_where(b)) * b["std"] + b["mean"],
+    _aten.rrelu_with_noise.default: _rrelu,
     _aten.uniform_.default: _in_place(lambda r, b: r.uniform(*_where(b)) * (b["to"] - b["from"]) + b["from"]),
     _aten.exponential_.default: _in_place(_exponential),
     _aten.random_.to: _in_place(lambda r, b: r.integers(0, b["to"], b["self"].shape, b["self"].device)),
