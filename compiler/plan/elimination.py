@@ -87,29 +87,67 @@ def evaluate(labels: Sequence[int], factors: Sequence[Factor]) -> int:
 
 
 def _consistent_labels(domains: Sequence[int], factors: Sequence[Factor]) -> list[npt.NDArray[np.intp]]:
-    """Labels left after dropping those forbidden by a single table, until nothing changes (arc consistency)."""
-    alive = [np.ones(size, dtype=bool) for size in domains]
-    allowed = {id(f.table): f.table < INFINITE for f in factors}
-    touching: list[list[Factor]] = [[] for _ in domains]
-    for factor in factors:
-        for variable in factor.variables:
-            touching[variable].append(factor)
-    pending = [f for f in factors if not allowed[id(f.table)].all()]
+    """Labels left after dropping those forbidden by a single table, until nothing changes (arc consistency, AC-3).
+
+    Sets of labels are bit masks. Tables of three and more variables are left to elimination.
+    """
+    alive = [(1 << size) - 1 for size in domains]
+    supports = _Supports()
+    touching: list[list[int]] = [[] for _ in domains]
+    pending = []
+    for number, factor in enumerate(factors):
+        if len(factor.variables) < 3 and supports.forbids(factor.table):
+            pending.append(number)
+            for variable in factor.variables:
+                touching[variable].append(number)
+    waiting = set(pending)
     while pending:
-        factor = pending.pop()
-        table = allowed[id(factor.table)]
+        number = pending.pop()
+        waiting.discard(number)
+        factor = factors[number]
         for axis, variable in enumerate(factor.variables):
-            others = tuple(i for i in range(len(factor.variables)) if i != axis)
-            index = tuple(
-                np.flatnonzero(alive[v]) if i != axis else np.arange(len(alive[v])) for i, v in enumerate(factor.variables)
-            )
-            supported = np.asarray(table[np.ix_(*index)].any(axis=others)) if others else table
-            if not supported[alive[variable]].all():
-                alive[variable] &= supported
-                if not alive[variable].any():
-                    raise Infeasible(variable)
-                pending.extend(f for f in touching[variable] if f is not factor and not allowed[id(f.table)].all())
-    return [np.flatnonzero(mask) for mask in alive]
+            other = alive[factor.variables[1 - axis]] if len(factor.variables) == 2 else 1
+            left = alive[variable] & supports.of(factor.table, axis, other)
+            if left == alive[variable]:
+                continue
+            if not left:
+                raise Infeasible(variable)
+            alive[variable] = left
+            fresh = [n for n in touching[variable] if n != number and n not in waiting]
+            pending.extend(fresh)
+            waiting.update(fresh)
+    kept: dict[int, npt.NDArray[np.intp]] = {}
+    for mask in set(alive):
+        kept[mask] = np.array([i for i in range(mask.bit_length()) if mask >> i & 1], dtype=np.intp)
+    return [kept[mask] for mask in alive]
+
+
+class _Supports:
+    """Which labels a table leaves, remembered by table and by the labels of its other variable."""
+
+    def __init__(self) -> None:
+        self._forbids: dict[int, bool] = {}
+        self._masks: dict[tuple[int, int], list[int]] = {}
+        self._known: dict[tuple[int, int, int], int] = {}
+
+    def forbids(self, table: Table) -> bool:
+        """Whether any entry is forbidden."""
+        key = id(table)
+        if key not in self._forbids:
+            self._forbids[key] = bool((table >= INFINITE).any())
+        return self._forbids[key]
+
+    def of(self, table: Table, axis: int, other: int) -> int:
+        """Mask of the labels along ``axis`` that go with some label in ``other``."""
+        key = (id(table), axis, other)
+        if key not in self._known:
+            masks = self._masks.get(key[:2])
+            if masks is None:
+                allowed = table < INFINITE
+                rows = allowed.reshape(len(allowed), -1) if axis == 0 else allowed.T
+                masks = self._masks[key[:2]] = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
+            self._known[key] = sum(1 << label for label, mask in enumerate(masks) if mask & other)
+        return self._known[key]
 
 
 def _improved(labels: list[int], kept: Sequence[npt.NDArray[np.intp]], factors: Sequence[Factor]) -> tuple[list[int], int]:
@@ -152,12 +190,12 @@ class _Store:
         return number
 
     def restricted(self, factor: Factor, kept: Sequence[npt.NDArray[np.intp]]) -> int:
-        """The number of a factor's table on the labels that are left. The factor's array must outlive this store."""
+        """The number of a factor's table on the labels that are left (equal ones are one array). Arrays must outlive this store."""
         shape = factor.table.shape
         whole = all(len(kept[v]) == size for v, size in zip(factor.variables, shape, strict=True))
         key: tuple[object, ...] = (id(factor.table),)
         if not whole:
-            key += tuple(kept[v].tobytes() for v in factor.variables)
+            key += tuple(id(kept[v]) for v in factor.variables)
         number = self._restricted.get(key)
         if number is None:
             table = factor.table if whole else factor.table[np.ix_(*(kept[v] for v in factor.variables))]

@@ -17,7 +17,7 @@ from ...runtime.mesh import Mesh
 from ..cost.cluster import Cluster
 from ..cost.estimate import estimate
 from ..errors import InputError, PlanError
-from ..layout import Shard, format_layout
+from ..layout import Partial, Placement, Shard, format_layout
 from ..program import Program, RoleKind
 from ..rules.rule import Rule
 from . import reasons
@@ -68,7 +68,7 @@ def plan(
     of_ops = _op_candidates(view, mesh, rules)
     cut_weights = [_cut_weights(view, of_axis) for of_axis in of_ops]
     restrictions = port_restrictions(view, mesh, chosen, constraints or {}, outputs, cut_weights)
-    candidates = [_with_ports(view, *pair) for pair in zip(of_ops, restrictions, strict=True)]
+    candidates = [_without_unmade(view, _with_ports(view, *pair)) for pair in zip(of_ops, restrictions, strict=True)]
     search = _Search(view, mesh, cluster, chosen, restrictions, candidates)
     return search.limited(memory_limit) if memory_limit is not None else search.plan(search.best())
 
@@ -109,6 +109,29 @@ def _with_ports(view: View, of_ops: Sequence[tuple[Rule, ...]], restrictions: Ma
             made = 1 if site.is_input else 0
             known[key] = tuple(Rule((p,) * len(site.uses), (p,) * made, "port") for p in restriction.allowed)
         found[index] = known[key]
+    return found
+
+
+def _without_unmade(view: View, candidates: Sequence[tuple[Rule, ...]]) -> list[tuple[Rule, ...]]:
+    """Candidates less those that want a kind of partial value which nothing before them makes. Equal candidates stay one object."""
+    partial: list[frozenset[Placement]] = [frozenset()] * len(view.values)
+    known: dict[object, tuple[tuple[Rule, ...], list[frozenset[Placement]]]] = {}
+    found = []
+    for site, rules in zip(view.sites, candidates, strict=True):
+        key = (id(rules), *(partial[value] for value in site.uses))
+        if key not in known:
+            kept = tuple(
+                rule
+                for rule in rules
+                if all(not isinstance(p, Partial) or p in partial[v] for p, v in zip(rule.inputs, site.uses, strict=True))
+            )
+            makes = [frozenset(p for rule in kept if isinstance(p := rule.outputs[o], Partial)) for o in range(len(site.makes))]
+            known[key] = (rules if len(kept) == len(rules) else kept, makes)
+        kept, makes = known[key]
+        for value, kinds in zip(site.makes, makes, strict=True):
+            if value is not None:
+                partial[value] = kinds
+        found.append(kept)
     return found
 
 

@@ -31,7 +31,7 @@ UNIT = 1e-10
 AVOIDED = 10**12
 """Units charged for a move that a tactic does without: more than any real step, far from forbidden."""
 
-MAX_SETS = 64
+MAX_SETS = 256
 """Most sets of layouts of one value that are looked at."""
 
 
@@ -318,9 +318,12 @@ class ProblemBuilder:
         made = maker.makes[output]
         assert made is not None
         needs = [_needs(user, slots) for user, slots in users]
+        wanted_by_any = dict.fromkeys(layout for need in needs for layouts in need for layout in layouts)
+        reachable = {t for t in wanted_by_any if any(self.pricing.move(s, t, value, to_port=to_port) < INFINITE for s in set(made))}
         sets: dict[frozenset[Layout], None] = {frozenset(): None}
         for need in needs:
-            sets = dict.fromkeys(known | wanted for known in sets for wanted in dict.fromkeys(need))
+            possible = [wanted for wanted in dict.fromkeys(need) if wanted <= reachable]
+            sets = dict.fromkeys(known | wanted for known in sets for wanted in possible)
         exact = len(sets) <= MAX_SETS
         kept = list(sets) if exact else sorted(sets, key=len)[:MAX_SETS]
         paid = np.array(

@@ -142,8 +142,9 @@ class Zero(Tactic):
         return None if kind is RoleKind.GRADIENT else (Replicate(),)
 
     def avoids(self, move: Move) -> bool:
-        """Activations never change hands; parameters may."""
-        return _moves_activations(move)
+        """Activations never change hands, parameters may; from stage 2 on gradients are scattered as they are summed."""
+        sums_whole = isinstance(move.source, Partial) and isinstance(move.target, Replicate)
+        return _moves_activations(move) or (self.stage > 1 and sums_whole and move.from_input and move.rank > 1)
 
 
 @dataclass(frozen=True)
