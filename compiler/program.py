@@ -24,6 +24,7 @@ from typing import Any, cast
 import sympy
 import torch
 import torch.fx as fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import TreeSpec
 
 from ..runtime.mesh import Mesh
@@ -234,6 +235,11 @@ def producer(node: fx.Node) -> tuple[fx.Node, int]:
     return node, 0
 
 
+def graph_module(graph: fx.Graph) -> fx.GraphModule:
+    """A module around a graph whose Python code is only generated when somebody asks for it (passes never do)."""
+    return _LazyGraphModule(torch.nn.Module(), graph)
+
+
 def copy_program(program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
     """A deep copy of the graph (notes are immutable and shared) and the map from old nodes to new ones."""
     graph = fx.Graph()
@@ -241,7 +247,7 @@ def copy_program(program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
     for old in program.graph.graph.nodes:
         mapping[old] = graph.node_copy(old, lambda n: mapping[n])
     graph.lint()
-    return program.replace(graph=fx.GraphModule(torch.nn.Module(), graph)), mapping
+    return program.replace(graph=graph_module(graph)), mapping
 
 
 def check_program(program: Program) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ..compiler.layout import Layout, Shard, coordinate, local_offset, local_size, padded_size, padding
+from ..compiler.layout import Layout, Shard, coordinate, local_offset, local_shape, local_size, padded_size, padding
 from ..compiler.program import NOTE, Note
 from ..runtime.mesh import Mesh
 
@@ -39,6 +39,7 @@ class LocalGraph:
         self.template = Note()
         self._integers: dict[tuple[Any, ...], fx.Node] = {}
         self._sizes: dict[tuple[tuple[int, ...], Layout], tuple[Size, ...]] = {}
+        self._shapes: dict[tuple[tuple[int, ...], Layout], tuple[int, ...]] = {}
         self._own_mode: FakeTensorMode | None = None
 
     # integers ---------------------------------------------------------------------------------------------------------------
@@ -104,9 +105,13 @@ class LocalGraph:
             device = like.device
         return FakeTensor(mode, torch.empty_strided(tuple(shape), tuple(strides), dtype=like.dtype, device="meta"), device)
 
-    def piece_of(self, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    def piece_of(self, value: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Rank 0's piece of a global fake value: the same order of dimensions in memory, no gaps, expanded dimensions kept."""
-        if tuple(value.shape) == tuple(shape):
+        key = (tuple(value.shape), layout)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = local_shape(value.shape, layout, self.mesh)
+        if key[0] == shape:
             return value
         return self.fake(value, shape, _packed_strides(value.stride(), shape))
 

@@ -25,7 +25,7 @@ from ..compiler.errors import HocketError, PlanError
 from ..compiler.layout import Layout, format_layout, format_placement, local_shape
 from ..compiler.layout import Shard as Cut
 from ..compiler.plan.plan import NodePlan, Plan
-from ..compiler.program import NOTE, Decision, Note, Program, annotate, note, producer, tensor_leaves
+from ..compiler.program import NOTE, Decision, Note, Program, annotate, graph_module, note, producer, tensor_leaves
 from ..compiler.redistribute import Step, StepKind, steps, wire_bytes
 from ..compiler.rules.localise import localise
 from .check_plan import check_plan
@@ -73,8 +73,7 @@ class _Lowering:
                 self._finish(node)
             else:
                 self._lower(node)
-        graph = fx.GraphModule(torch.nn.Module(), self.local.graph)
-        return self.program.replace(graph=graph, mesh=self.plan.mesh).decided(*self.decisions)
+        return self.program.replace(graph=graph_module(self.local.graph), mesh=self.plan.mesh).decided(*self.decisions)
 
     def _lower(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -116,7 +115,7 @@ class _Lowering:
         """Rank 0's piece and the note of a node that stands for a logical one."""
         layouts, shapes = _layouts(node, self.plan), _shapes(node)
         pieces = [
-            value if layout is None or shape is None else self.local.piece_of(value, local_shape(shape, layout, self.plan.mesh))
+            value if layout is None or shape is None else self.local.piece_of(value, layout)
             for value, layout, shape in zip(tensor_leaves(node.meta["val"]), layouts, shapes, strict=True)
         ]
         value = node.meta["val"]
