@@ -1,0 +1,6 @@
+"""Placement types: is the distribution of a lowered program right, on all ranks at once?"""
+
+from .check import Finding, TypeReport, check_types
+from .value import Axes, Cut, Dim, Type
+
+__all__ = ["Axes", "Cut", "Dim", "Finding", "Type", "TypeReport", "check_types"]

@@ -1,0 +1,298 @@
+"""Placement types (the first level of proof): re-derive how every value of a lowered program lies over the ranks.
+
+Only the layouts of the inputs are believed. Every op is typed by its rule, for all ranks at once and without looking at how many there
+are; the layouts that a pass declared are then compared with what was derived. What is checked:
+
+1. every op means on pieces what it means on whole values (no partial sum is squared, no cut dimension is normalised, ...);
+2. every collective has something to do, over an axis that exists, on pieces of equal length;
+3. the declared layout of every node is the derived one, and no result leaves with a reduction missing;
+4. rank 0's piece has the shape that the type says.
+
+If all of it holds, the program on pieces equals the 1-rank program that ``erase`` makes, piece by piece on every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...errors import InputError
+from ...program import Program, RoleKind, note, tensor_leaves
+from .declared import agree, hints_of
+from .integers import evaluate, is_integer_function
+from .problem import IllTyped, Moved, Op, Untypable
+from .table import ALWAYS, rule_of
+from .value import Axes, Type
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One node that is wrong, or that the types cannot judge. sources: the user's lines, of the node and of the operands named."""
+
+    node: str
+    op: str
+    message: str
+    sources: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = " and ".join(dict.fromkeys(source for source in self.sources if source)) or "an unknown line"
+        return f"{self.node} = {self.op}: {self.message} (from {lines})"
+
+
+@dataclass(frozen=True)
+class TypeReport:
+    """problems: nodes that are wrong. untyped: nodes without a derivation; assumed: those of them whose declared layout was used.
+
+    types: per node, a Type, an integer, or a tuple of them; None where there is no type.
+    """
+
+    problems: tuple[Finding, ...]
+    untyped: tuple[Finding, ...]
+    ops: int
+    axes: Axes
+    types: dict[fx.Node, Any] = field(repr=False)
+    typed: dict[fx.Node, Op] = field(repr=False)
+
+    @property
+    def status(self) -> str:
+        """``ill-typed``, ``typed``, or ``untypable`` when some values have to be judged by an execution."""
+        return "ill-typed" if self.problems else "untypable" if self.untyped else "typed"
+
+
+class _Untyped:
+    """Stands for a value without a type."""
+
+
+UNTYPED = _Untyped()
+
+
+def check_types(program: Program, original: Program | None = None) -> TypeReport:
+    """Type a lowered program. original: if given, its shapes must be the global ones. Raises InputError for a logical program."""
+    if program.mesh is None:
+        raise InputError("expected a program lowered to a mesh, found a logical one; there is nothing to type")
+    checker = _Checker(program, original)
+    for node in program.nodes:
+        if node.op != "output":
+            checker.node(node)
+    checker.results()
+    return TypeReport(tuple(checker.problems), tuple(checker.untyped), checker.ops, checker.axes, checker.types, checker.typed)
+
+
+class _Checker:
+    def __init__(self, program: Program, original: Program | None) -> None:
+        assert program.mesh is not None
+        self.program = program
+        self.axes = Axes(program.mesh)
+        self.types: dict[fx.Node, Any] = {}
+        self.typed: dict[fx.Node, Op] = {}
+        self.problems: list[Finding] = []
+        self.untyped: list[Finding] = []
+        self.ops = 0
+        self.originals = {} if original is None else {n.name: n for n in original.nodes if "val" in n.meta}
+
+    # one node ----------------------------------------------------------------------------------------------------------------
+
+    def node(self, node: fx.Node) -> None:
+        self.ops += node.op == "call_function"
+        hints = hints_of(node, self.axes)
+        op = Op(self.axes, node, hints)
+        try:
+            found = self._derive(node, op)
+            self._compare_shapes(node, found)
+        except IllTyped as problem:
+            self.problems.append(self._finding(node, problem))
+            found = self._declared(op, node)
+        except Untypable as problem:
+            self.untyped.append(self._finding(node, problem))
+            found = self._declared(op, node)
+        else:
+            self.typed[node] = op
+            found = self._compare(node, op, found)
+        self.types[node] = found
+
+    def _derive(self, node: fx.Node, op: Op) -> Any:
+        target = node.target
+        if node.op == "placeholder":
+            return self._input(node, op)
+        if target is operator.getitem:
+            source = self.types[node.args[0]]  # type: ignore[index]
+            return source[node.args[1]] if isinstance(source, (tuple, list)) else source  # type: ignore[index]
+        args = arguments(node, self.types)
+        if is_integer_function(target):
+            return evaluate(self.axes, target, args)
+        if _mentions(args, UNTYPED):
+            raise Untypable("it depends on a value without a type")
+        packet = getattr(target, "overloadpacket", None)
+        if (
+            packet not in ALWAYS
+            and not self._draws(target)
+            and all(hint is None or self._is_whole_hint(hint) for hint in op.hints)
+            and _all_whole(args)
+        ):
+            return self._whole(node)
+        rule = rule_of(target)
+        if rule is None:
+            raise Untypable(f"no type rule for {target} on pieces")
+        op.look_ahead = functools.partial(self._look_ahead, node)
+        try:
+            return rule(op, *args)
+        except (TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+            raise Untypable(f"the type rule does not fit these arguments ({type(error).__name__}: {error})") from error
+
+    @staticmethod
+    def _draws(target: Any) -> bool:
+        return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+    def _is_whole_hint(self, hint: Any) -> bool:
+        declared = self.axes.from_layout(*hint)
+        return declared is not None and declared.is_whole
+
+    def _whole(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        leaves = [self.axes.whole(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in tensor_leaves(value)]
+        return tuple(leaves) if isinstance(value, (tuple, list)) else leaves[0]
+
+    def _input(self, node: fx.Node, op: Op) -> Any:
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return value
+        hint = op.hint()
+        if hint is None:
+            raise Untypable(f"input {node.name} has no layout of plain shards, replicas and partial values")
+        return hint
+
+    def _look_ahead(self, node: fx.Node) -> Type | None:
+        for _ in range(8):
+            users = list(node.users)
+            if len(users) != 1 or users[0].op == "output" or note(users[0]).origin:
+                return None
+            node = users[0]
+            found = Op(self.axes, node, hints_of(node, self.axes)).hint()
+            if found is not None:
+                return found
+        return None
+
+    # what was declared -------------------------------------------------------------------------------------------------------
+
+    def _declared(self, op: Op, node: fx.Node) -> Any:
+        """The declared types of a node that has no derived one, so that the rest can still be judged."""
+        value = node.meta.get("val")
+        leaves = tensor_leaves(value)
+        found = [op.hint(i) if isinstance(leaf, torch.Tensor) else None for i, leaf in enumerate(leaves)]
+        if any(isinstance(leaf, torch.Tensor) and item is None for leaf, item in zip(leaves, found, strict=True)):
+            return UNTYPED
+        if isinstance(value, int):
+            return UNTYPED
+        return tuple(found) if isinstance(value, (tuple, list)) else found[0]
+
+    def _compare(self, node: fx.Node, op: Op, found: Any) -> Any:
+        if not isinstance(found, (tuple, list)):
+            return self._agree(node, op, 0, found) if isinstance(found, Type) else found
+        return tuple(self._agree(node, op, i, item) if isinstance(item, Type) else item for i, item in enumerate(found))
+
+    def _agree(self, node: fx.Node, op: Op, index: int, found: Type) -> Type:
+        hint = op.hint(index)
+        if hint is None:
+            return found
+        same, moved = agree(op, found, hint, may_move=not note(node).origin and node.op == "call_function")
+        if moved is not None:
+            op.moves_out.append(Moved(found.dims, moved))
+        if same is not None:
+            self._compare_original(node, index, same)
+            return same
+        self.problems.append(self._finding(node, IllTyped(self._disagreement(node, found, hint))))
+        return hint
+
+    def _disagreement(self, node: fx.Node, found: Type, hint: Type) -> str:
+        missing = [self.axes.names[i] for i, (a, b) in enumerate(zip(found.partial, hint.partial, strict=True)) if a and not b]
+        again = [self.axes.names[i] for i, (a, b) in enumerate(zip(found.partial, hint.partial, strict=True)) if b and not a]
+        kind = "the result is" if node in set(self.program.results) else "it is"
+        text = f"{kind} declared {self.axes.describe(hint)} of {list(hint.shape)} but is {self.axes.describe(found)} of {list(found.shape)}"
+        if missing:
+            return f"{text}: a reduction over {', '.join(missing)} is missing"
+        return f"{text}: it would be reduced over {', '.join(again)} again" if again else text
+
+    def _compare_original(self, node: fx.Node, index: int, found: Type) -> None:
+        same = self.originals.get(note(node).carries or note(node).origin)
+        leaves = tensor_leaves(same.meta["val"]) if same is not None else []
+        if index < len(leaves) and isinstance(leaves[index], torch.Tensor) and tuple(leaves[index].shape) != found.shape:
+            text = f"the pieces make a value of {list(found.shape)}, the original is {list(leaves[index].shape)}"
+            self.problems.append(self._finding(node, IllTyped(text)))
+
+    def _compare_shapes(self, node: fx.Node, found: Any) -> None:
+        items = found if isinstance(found, (tuple, list)) else [found]
+        for leaf, item in zip(tensor_leaves(node.meta.get("val")), items, strict=False):
+            if isinstance(leaf, torch.Tensor) and isinstance(item, Type):
+                local = tuple([dim.size if not dim.cuts else self.axes.first_rank(self.axes.length(dim)) for dim in item.dims])
+                if local != leaf.shape:
+                    raise IllTyped(
+                        f"rank 0 holds a piece of {list(leaf.shape)}, its type {self.axes.describe(item)} says {list(local)}"
+                    )
+
+    # results -----------------------------------------------------------------------------------------------------------------
+
+    def results(self) -> None:
+        """No result leaves unfinished by accident."""
+        for role, node in zip(self.program.signature.outputs, self.program.results, strict=True):
+            if node is None or not isinstance(self.types.get(node), Type):
+                continue
+            found: Type = self.types[node]
+            if note(node).layouts is None and found.is_partial:
+                text = f"the result {role} leaves as {self.axes.describe(found)} and is declared nowhere: a reduction is missing"
+                self.problems.append(self._finding(node, IllTyped(text)))
+
+    def _finding(self, node: fx.Node, problem: IllTyped | Untypable) -> Finding:
+        operands = getattr(problem, "operands", ())
+        lines = [note(node).source]
+        for position in operands:
+            argument = node.args[position] if position < len(node.args) else None
+            if isinstance(argument, fx.Node):
+                lines.append(note(argument).source)
+        return Finding(node.name, str(node.target), str(problem), tuple(lines))
+
+
+@functools.cache
+def _schema(target: Any) -> tuple[tuple[str, Any], ...]:
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return ()
+    return tuple((argument.name, argument.default_value if argument.has_default_value() else None) for argument in schema.arguments)
+
+
+def arguments(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
+    """All arguments in schema order, defaults filled in, nodes replaced by their types."""
+    found = [_replaced(arg, values) for arg in node.args]
+    schema = _schema(node.target)
+    for name, default in schema[len(found) :]:
+        found.append(_replaced(node.kwargs[name], values) if name in node.kwargs else default)
+    return found
+
+
+def _replaced(argument: Any, values: dict[fx.Node, Any]) -> Any:
+    if isinstance(argument, fx.Node):
+        return values[argument]
+    if isinstance(argument, (list, tuple)):
+        return [_replaced(item, values) for item in argument]
+    return argument
+
+
+def _mentions(args: list[Any], marker: object) -> bool:
+    return any(arg is marker or (isinstance(arg, list) and _mentions(arg, marker)) for arg in args)
+
+
+def _all_whole(args: list[Any]) -> bool:
+    for arg in args:
+        if isinstance(arg, Type):
+            if not arg.is_whole:
+                return False
+        elif isinstance(arg, list):
+            if not _all_whole(arg):
+                return False
+        elif not isinstance(arg, (int, float, str, bool, type(None))) and hasattr(arg, "flat"):
+            return False
+    return True
