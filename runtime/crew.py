@@ -1,0 +1,283 @@
+"""The ranks of one engine as a whole: messages to all of them, answers from all of them, and what happens when one fails.
+
+Every wait here is bounded and reacts at once to an answer, to the end of a rank, and to Ctrl-C; while it lasts, the pages of the
+ranks are looked at twenty times a second. Any failure ends all ranks and becomes one exception.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import wire
+from .errors import RunError
+from .faults import AFTERWARDS, Evidence, diagnose
+from .launcher import RankProcess, launcher
+from .mesh import Mesh
+from .monitor import Position, read_page
+from .program import RankProgram
+from .worker import describe_exit
+
+HOLD_BACK = 0.3
+"""Seconds to wait for the cause of what looks like its shadow: a closed connection, an error of the network."""
+
+LOOK_EVERY = 0.05
+"""Seconds between two looks at the pages of the ranks."""
+
+SHUTDOWN = 1.0
+"""Seconds that ranks are given to end by themselves."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds without any progress after which the ranks count as hung.
+
+    step: in a step (a rank makes progress whenever it reaches another instruction, so this bounds one instruction, not the step);
+    first: while ranks load a program and run it for the first time, which may compile; start: until the ranks are up. window: steps
+    that may be under way.
+    """
+
+    step: float = 300.0
+    first: float = 1800.0
+    start: float = 120.0
+    window: int = 16
+
+
+@dataclass
+class _Round:
+    """One message and the answers to it."""
+
+    missing: set[int]
+    answers: dict[int, wire.Packet]
+    files: dict[int, int]
+
+
+class Crew:
+    """Ranks of one mesh. Not thread-safe; the engine holds a lock."""
+
+    def __init__(self, mesh: Mesh, config: dict[str, Any], limits: Limits) -> None:
+        """Start the ranks and wait until their groups are up. ``config``: threads, devices (one per rank), hook."""
+        self.mesh = mesh
+        self.limits = limits
+        self.owner = os.getpid()
+        self.programs: dict[int, RankProgram] = {}
+        self.closed = ""
+        self._sequence = 0
+        self._rounds: dict[int, _Round] = {}
+        self._poll = select.poll()
+        self._by_fd: dict[int, tuple[RankProcess, Callable[[RankProcess], None]]] = {}
+        self._failures: dict[int, dict[str, Any]] = {}
+        self._dead: dict[int, str] = {}
+        self._silent: set[int] = set()
+        store = os.memfd_create("hocket-store", os.MFD_CLOEXEC)
+        try:
+            self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], store, limits.start)
+        finally:
+            os.close(store)
+        self._watch()
+        self._rounds[0] = _Round(set(range(mesh.size)), {}, {})
+        self.wait(0, limits.start)
+
+    def _config(self, rank: int, config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "rank": rank,
+            "mesh": self.mesh.axes,
+            "threads": config["threads"],
+            "device": config["devices"][rank],
+            "hook": config["hook"],
+            "timeout": 2 * max(self.limits.first, self.limits.step) + 60,
+        }
+
+    def _watch(self) -> None:
+        for rank in self.ranks:
+            rank.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(self.limits.step) + 1, 0))
+            for descriptor, action in ((rank.sock.fileno(), self._take), (rank.status_pipe, self._bury)):
+                self._by_fd[descriptor] = (rank, action)
+                self._poll.register(descriptor, select.POLLIN)
+
+    # --- messages
+
+    def check_open(self) -> None:
+        """RunError when the ranks are gone, or when this process is a forked child of the one that started them."""
+        if os.getpid() != self.owner:
+            raise RunError(
+                f"this engine belongs to process {self.owner}, and {os.getpid()} is a fork of it; "
+                "make a new engine in the child, or start children before the engine is used"
+            )
+        if self.closed:
+            raise RunError(f"this engine is closed: {self.closed}. Make a new one; {AFTERWARDS[0].lower()}{AFTERWARDS[1:]}")
+
+    def post(self, packet: wire.Packet, descriptors: tuple[int, ...] = (), *, answered: bool = True) -> int:
+        """Send a message to every rank (its sequence number is set here) and return its number."""
+        self.check_open()
+        self._sequence += 1
+        packet = packet._replace(sequence=self._sequence)
+        if answered:
+            self._rounds[self._sequence] = _Round(set(range(self.mesh.size)), {}, {})
+        try:
+            for rank in self.ranks:
+                try:
+                    wire.send(rank.sock, packet, descriptors)
+                except wire.Closed:
+                    self._silent.add(rank.rank)
+                except BlockingIOError:
+                    raise self._fail(stalled=self.limits.step) from None
+        except BaseException:
+            self.kill("it was interrupted")
+            raise
+        if self._silent:
+            raise self._fail()
+        return self._sequence
+
+    def wait(self, sequence: int, patience: float) -> dict[int, wire.Packet]:
+        """The answers of all ranks to one message. Raises RunError for any failure; then, and on Ctrl-C, the ranks are gone."""
+        current = self._rounds[sequence]
+        try:
+            watch = _Patience(patience)
+            while current.missing:
+                for descriptor, _ in self._poll.poll(LOOK_EVERY * 1000):
+                    rank, action = self._by_fd[descriptor]
+                    action(rank)
+                if self._failures or self._dead or self._silent:
+                    raise self._fail()
+                if current.missing and watch.due():
+                    stalled = watch.look(self.positions())
+                    if stalled or self._disagree():
+                        raise self._fail(stalled=stalled)
+        except BaseException:
+            self.kill("it was interrupted")
+            raise
+        del self._rounds[sequence]
+        return current.answers
+
+    def files(self, sequence: int) -> dict[int, int]:
+        """Descriptors that came with the answers to a message that is still waited for."""
+        return self._rounds[sequence].files
+
+    def _take(self, rank: RankProcess) -> None:
+        try:
+            packet, descriptors = rank.inbox.receive()
+        except wire.Closed:
+            self._silent.add(rank.rank)
+            self._poll.unregister(rank.sock)
+            return
+        if packet.op == wire.Op.FAILED:
+            wire.close_all(descriptors)
+            self._failures[rank.rank] = json.loads(packet.payload)
+            return
+        current = self._rounds[packet.sequence]
+        current.missing.discard(rank.rank)
+        current.answers[rank.rank] = packet
+        if descriptors:
+            current.files[rank.rank] = descriptors[0]
+
+    def _bury(self, rank: RankProcess) -> None:
+        rank.read_status()
+        self._poll.unregister(rank.status_pipe)
+        self._dead[rank.rank] = describe_exit(rank.status)
+
+    # --- failure
+
+    def positions(self) -> list[Position]:
+        """Where every rank is."""
+        return [read_page(rank.page, len(self.mesh.axes)) for rank in self.ranks]
+
+    def _evidence(self) -> Evidence:
+        waited = frozenset(rank for current in self._rounds.values() for rank in current.missing)
+        pids = [rank.pid for rank in self.ranks]
+        return Evidence(self.mesh, pids, self.positions(), self.programs, self._failures, self._dead, 0.0, waited, self._dump)
+
+    def _disagree(self) -> bool:
+        """Whether two ranks entered different collectives; looks twice, for a page may have been read while it was written."""
+        return self._evidence().disagreement is not None and self._evidence().disagreement is not None
+
+    def _fail(self, stalled: float = 0.0) -> RunError:
+        """Wait a moment for the first cause, end all ranks, and return the exception."""
+        deadline = time.monotonic() + HOLD_BACK
+        evidence = self._evidence()
+        while not stalled and not evidence.decisive and (left := deadline - time.monotonic()) > 0:
+            for descriptor, _ in self._poll.poll(min(left, LOOK_EVERY) * 1000):
+                rank, action = self._by_fd[descriptor]
+                action(rank)
+            evidence = self._evidence()
+        for silent in self._silent - set(self._dead):
+            if not self._failures and not stalled:
+                self._dead[silent] = describe_exit(None)
+        evidence.stalled = stalled
+        error = diagnose(evidence)
+        self.kill(str(error).partition(AFTERWARDS)[0].rstrip(". "))
+        return error
+
+    def _dump(self, number: int) -> str:
+        """The Python stack of a rank that lives (asked for with SIGUSR1), or what it left when it crashed."""
+        rank = self.ranks[number]
+        if rank.gone:
+            return rank.output()
+        before = rank.output()
+        rank.signal(signal.SIGUSR1)
+        deadline = time.monotonic() + HOLD_BACK
+        while time.monotonic() < deadline and rank.output() == before:
+            time.sleep(0.01)
+        time.sleep(0.02)
+        return rank.output()[len(before) :]
+
+    def kill(self, reason: str) -> None:
+        """End all ranks at once, collect them, and close every descriptor. Does nothing the second time, or in a forked child."""
+        if self.closed or os.getpid() != self.owner:
+            return
+        self.closed = reason
+        for rank in self.ranks:
+            rank.kill()
+        deadline = time.monotonic() + SHUTDOWN
+        for rank in self.ranks:
+            rank.wait_gone(deadline)
+            rank.release()
+        for current in self._rounds.values():
+            wire.close_all(list(current.files.values()))
+
+    def close(self) -> None:
+        """Let the ranks finish what they were told, then end them: by themselves within a second, by force after it."""
+        if self.closed or os.getpid() != self.owner:
+            return
+        deadline = time.monotonic() + SHUTDOWN
+        try:
+            for rank in self.ranks:
+                wire.send(rank.sock, wire.Packet(wire.Op.CLOSE, 0, self._sequence + 1, 0))
+            for rank in self.ranks:
+                rank.wait_gone(deadline)
+        except (wire.Closed, BlockingIOError):
+            pass  # some rank is gone already; the rest is ended below
+        finally:
+            self.kill("it was closed")
+
+
+class _Patience:
+    """How long the ranks have made no progress."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.last: list[object] = []
+        now = time.monotonic()
+        self.since = now
+        self.next_look = now + LOOK_EVERY
+
+    def due(self) -> bool:
+        """Whether it is time for another look."""
+        return time.monotonic() >= self.next_look
+
+    def look(self, positions: list[Position]) -> float:
+        """Seconds without progress once they exceed the limit, else 0."""
+        now = time.monotonic()
+        self.next_look = now + LOOK_EVERY
+        marks: list[object] = [position.mark for position in positions]
+        if marks != self.last:
+            self.last, self.since = marks, now
+        return now - self.since if now - self.since > self.limit else 0.0

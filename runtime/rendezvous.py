@@ -1,0 +1,38 @@
+"""How the ranks of an engine find each other and set up their groups.
+
+Local ranks meet in an anonymous file that all of them inherit, so there is no port to be in use, no stale file, and nothing to
+clean up. They talk through the loopback interface only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from .communicator import Communicator, SingleCommunicator
+from .gloo import GlooCommunicator
+from .mesh import Mesh
+
+
+def backend_for(device: torch.device) -> str:
+    """``gloo`` for the CPU, ``nccl`` for CUDA."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def connect_local(mesh: Mesh, rank: int, store_fd: int, device: torch.device, timeout: float) -> Communicator:
+    """Join the ranks that inherited the same ``store_fd``. timeout: seconds for the meeting and for any single collective."""
+    if mesh.size == 1:
+        os.close(store_fd)
+        return SingleCommunicator(mesh)
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    limit = datetime.timedelta(seconds=timeout)
+    store = torch._C._distributed_c10d.FileStore(f"/proc/self/fd/{store_fd}", mesh.size)
+    store.set_timeout(limit)
+    dist.init_process_group(backend_for(device), store=store, rank=rank, world_size=mesh.size, timeout=limit)
+    return cast(Communicator, GlooCommunicator(mesh, timeout))
