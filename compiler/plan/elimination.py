@@ -69,7 +69,8 @@ def minimise(domains: Sequence[int], factors: Sequence[Factor], *, max_table: in
     store = _Store()
     elimination = _Elimination([len(labels) for labels in kept], store, max_table)
     for factor in factors:
-        elimination.add(factor.variables, store.restricted(factor, kept))
+        free = tuple(v for v in factor.variables if len(kept[v]) > 1)
+        elimination.add(free, store.restricted(factor, kept))
     lower = elimination.run()
     chosen = elimination.decode()
     labels = [int(kept[i][label]) for i, label in enumerate(chosen)]
@@ -199,6 +200,7 @@ class _Store:
         number = self._restricted.get(key)
         if number is None:
             table = factor.table if whole else factor.table[np.ix_(*(kept[v] for v in factor.variables))]
+            table = table.reshape([size for size in table.shape if size > 1])
             number = self._restricted[key] = self.intern(np.minimum(table, INFINITE))
         return number
 
@@ -213,45 +215,47 @@ class _Elimination:
         self.solved = self.reused = 0
         self._factors: list[dict[int, _Scoped]] = [{} for _ in domains]
         self._neighbours: list[set[int]] = [set() for _ in domains]
+        self._sizes = list(domains)  # of the table that eliminating a variable takes
         self._count = 0
         self._constant = 0
         self._buckets: list[tuple[int, list[_Scoped]]] = []
         self._known: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def add(self, variables: tuple[int, ...], number: int) -> None:
-        """Add a table to the sum. A table over nothing is normalised, and so zero."""
+        """Add a table to the sum; a table over nothing is a constant."""
         if not variables:
+            self._constant += int(self.store.tables[number].item())
             return
         for variable in variables:
             self._factors[variable][self._count] = (variables, number)
-            self._neighbours[variable].update(variables)
-            self._neighbours[variable].discard(variable)
+            neighbours = self._neighbours[variable]
+            for other in variables:
+                if other != variable and other not in neighbours:
+                    neighbours.add(other)
+                    self._sizes[variable] *= self.domains[other]
         self._count += 1
 
     def run(self) -> int:
         """Eliminate every variable, cheapest table first, and return the minimum (a lower bound of it if tables had to be
         split).
         """
-        queue = [(self._size(v), v) for v in range(len(self.domains))]
+        sizes = self._sizes
+        queue = [(size, v) for v, size in enumerate(sizes) if self.domains[v] > 1]
         heapq.heapify(queue)
         done = [False] * len(self.domains)
         while queue:
             size, variable = heapq.heappop(queue)
             if done[variable]:
                 continue
-            current = self._size(variable)
-            if current != size:
-                heapq.heappush(queue, (current, variable))
-                continue
+            if size != sizes[variable]:
+                continue  # an entry for its present size is in the queue
             done[variable] = True
-            touched = sorted(self._neighbours[variable])
+            touched = {neighbour: sizes[neighbour] for neighbour in sorted(self._neighbours[variable])}
             self._eliminate(variable)
-            for neighbour in touched:
-                heapq.heappush(queue, (self._size(neighbour), neighbour))
+            for neighbour, before in touched.items():
+                if sizes[neighbour] != before:
+                    heapq.heappush(queue, (sizes[neighbour], neighbour))
         return self._constant
-
-    def _size(self, variable: int) -> int:
-        return self.domains[variable] * math.prod([self.domains[n] for n in self._neighbours[variable]])
 
     def _eliminate(self, variable: int) -> None:
         bucket = list(self._factors[variable].values())
@@ -259,13 +263,15 @@ class _Elimination:
             for other in variables:
                 self._factors[other].pop(number, None)
         self._buckets.append((variable, bucket))
-        is_split = self._size(variable) > self.max_table
+        is_split = self._sizes[variable] > self.max_table
         for neighbour in self._neighbours[variable]:
             if is_split:  # some neighbours may lose each other
                 scopes = (scope for scope, _ in self._factors[neighbour].values())
                 self._neighbours[neighbour] = {v for scope in scopes for v in scope if v != neighbour}
+                self._sizes[neighbour] = math.prod(self.domains[v] for v in (neighbour, *self._neighbours[neighbour]))
             else:
                 self._neighbours[neighbour].discard(variable)
+                self._sizes[neighbour] //= self.domains[variable]
         for part in self._split(bucket) if is_split else [bucket]:
             scope = sorted({v for variables, _ in part for v in variables} - {variable})
             self.add(tuple(scope), self._minimised(variable, scope, part))

@@ -125,7 +125,7 @@ def _without_unmade(view: View, candidates: Sequence[tuple[Rule, ...]]) -> list[
                 for rule in rules
                 if all(not isinstance(p, Partial) or p in partial[v] for p, v in zip(rule.inputs, site.uses, strict=True))
             )
-            makes = [frozenset(p for rule in kept if isinstance(p := rule.outputs[o], Partial)) for o in range(len(site.makes))]
+            makes = [_partials(kept, output) for output in range(len(site.makes))]
             known[key] = (rules if len(kept) == len(rules) else kept, makes)
         kept, makes = known[key]
         for value, kinds in zip(site.makes, makes, strict=True):
@@ -133,6 +133,10 @@ def _without_unmade(view: View, candidates: Sequence[tuple[Rule, ...]]) -> list[
                 partial[value] = kinds
         found.append(kept)
     return found
+
+
+def _partials(rules: Sequence[Rule], output: int) -> frozenset[Placement]:
+    return frozenset(p for rule in rules if isinstance(p := rule.outputs[output], Partial))
 
 
 @dataclass(frozen=True)
