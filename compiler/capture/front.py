@@ -7,9 +7,11 @@ user's call -> make_fx under fake tensors -> flat functional graph -> Program
 
 from __future__ import annotations
 
+import dataclasses
 import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from torch._subclasses import FakeTensorMode
 from ..errors import HocketError
 from ..program import Decision, Literal, Program, Role, RoleKind, Signature, check_program
 from .failures import FATAL, capture_error, explain
+from .fallback import GraphCall, dynamo_graph, export_graph
 from .flatten import Flat, flatten
 from .leaves import Leaf, check_target, check_tensors, flatten_inputs
-from .lift import ModuleTensors, fake_like, tensors_of
+from .lift import ModuleTensors, Snapshot, fake_like, tensors_of
 from .sizes import name_sizes
 from .sources import SourceFinder
 from .trace import Aim, Raw, Request, Tracer
@@ -118,15 +121,9 @@ class Example:
         named += [(Role(RoleKind.INPUT, n), t) for n, t in self.leaves if isinstance(t, torch.Tensor)]
         fakes = [fake_like(tensor, mode) for _, tensor in named]
 
-        def on_leaves(*inputs: torch.Tensor) -> Any:
-            given = iter(inputs)
-            tree = [leaf.value if isinstance(leaf, Literal) else next(given) for _, leaf in self.leaves]
-            args, kwargs = pytree.tree_unflatten(tree, self.in_spec)
-            return call(*args, **kwargs)
-
         modules = dict(module.named_modules()) if module is not None else {}
         return Request(
-            call=on_leaves,
+            call=self.on_leaves(call),
             module=module,
             roles=[role for role, _ in named],
             fakes=fakes,
@@ -135,6 +132,17 @@ class Example:
             aim=aim,
             finder=SourceFinder({id(m): n for n, m in modules.items()}, {n: type(m).__name__ for n, m in modules.items()}),
         )
+
+    def on_leaves(self, call: Target) -> Callable[..., Any]:
+        """``call`` as a function of the INPUT tensors alone."""
+
+        def function(*inputs: torch.Tensor) -> Any:
+            given = iter(inputs)
+            tree = [leaf.value if isinstance(leaf, Literal) else next(given) for _, leaf in self.leaves]
+            args, kwargs = pytree.tree_unflatten(tree, self.in_spec)
+            return call(*args, **kwargs)
+
+        return function
 
     def _program(self, raw: Raw, flat: Flat, sizes: dict[str, int]) -> Program:
         positions = iter([i for i, role in enumerate(flat.inputs) if role.kind is RoleKind.INPUT])
@@ -162,4 +170,20 @@ def _with_make_fx(example: Example, mode: FakeTensorMode, aim: Aim) -> Request:
     return example.request(example.target, module, mode, aim)
 
 
-_FRONTS: tuple[tuple[str, Prepare], ...] = (("make_fx", _with_make_fx),)
+def _with_graph(front: Callable[..., nn.Module], example: Example, mode: FakeTensorMode, aim: Aim) -> Request:
+    """The request to trace what a fallback made of the target."""
+    snapshot = Snapshot(example.target)
+    try:
+        with torch.set_grad_enabled(aim.train):
+            graph = front(example.target, example.args, example.kwargs)
+    finally:
+        snapshot.restore()
+    request = example.request(example.target, graph, mode, aim)
+    return dataclasses.replace(request, call=example.on_leaves(GraphCall(graph, request.finder)))
+
+
+_FRONTS: tuple[tuple[str, Prepare], ...] = (
+    ("make_fx", _with_make_fx),
+    ("torch.export", partial(_with_graph, export_graph)),
+    ("dynamo", partial(_with_graph, dynamo_graph)),
+)

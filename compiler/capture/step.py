@@ -31,8 +31,8 @@ def capture_step(
 
     The scalar loss is ``loss(output)``, or the model's result, or its ``.loss`` or ``["loss"]``. Inputs are those of ``capture``
     (no tangents) and STATE: the optimizer's tensors by name (``exp_avg:layers.0.weight``, ``step:layers.0.weight``) and every
-    group's learning rate (``lr:0``); ``initial_state`` gives their values. Outputs: ``loss``, then UPDATE for changed buffers, parameters
-    and optimizer tensors. Parameters without a gradient are left alone, as torch does. Other hyper-parameters are baked in.
+    group's learning rate (``lr:0``); ``initial_state`` gives their values. Outputs: ``loss``, then UPDATE for changed buffers,
+    parameters and optimizer tensors. Parameters without a gradient are left alone, as in torch; other settings are baked in.
     Raises InputError, CaptureError, and UnsupportedError for optimizers that couple parameters.
     """
     if not isinstance(model, nn.Module):
