@@ -30,6 +30,7 @@ from .. import wire as packets
 from ..communicator import Wire
 from ..crew import Crew, Limits
 from ..errors import InputError
+from ..matching import match_collectives
 from ..memory import BlockPlan, SharedArena, default_arena
 from ..mesh import Mesh
 from ..ports import PortMap, check_value, torch_dtype
@@ -85,6 +86,7 @@ class LocalEngine:
         if program.mesh != self.mesh:
             raise InputError(f"expected a program for mesh {self.mesh}, found one for mesh {program.mesh}")
         check_rank_program(program)
+        match_collectives(program)
         ports = PortMap.of(program, list(bindings))
         bound = []
         for index in ports.bound:

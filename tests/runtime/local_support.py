@@ -103,6 +103,24 @@ def single(mesh, op, args, shape=(4,), dtype="float32", layout=None, kwargs=None
     )
 
 
+def update_program(mesh, kind="buffer"):
+    """seen = count + x; count <- count + 1 (in the first segment); late = 10 * count as it was, in the second."""
+    where = ("R",) * len(mesh.axes)
+    ports = (PortSpec(kind, "count", (3,), "float32", where), PortSpec("input", "x", (3,), "float32", where))
+    outputs = (
+        PortSpec("output", "seen", (3,), "float32", where),
+        PortSpec("update", "count", (3,), "float32", where),
+        PortSpec("gradient", "x", (3,), "float32", where),
+    )
+    code = (
+        instruction("aten.add.Tensor", [slot(0), slot(1)], 2),
+        instruction("aten.add.Tensor", [slot(0), 1], 3),
+        instruction("aten.mul.Tensor", [slot(0), 10], 4),
+    )
+    segments = (Segment("forward", 0, 2, (0, 1), ((0, 2), (1, 3)), ()), Segment("backward", 2, 3, (), ((2, 4),), ()))
+    return RankProgram(mesh, ports, outputs, code, segments, ("", "bn.py:1 count"), (), 5)
+
+
 HOOK = """
 import ctypes, os, resource, signal, time, torch
 RANK, INDEX, HIT, FAULT, EDIT = {rank}, {index}, {hit}, {fault!r}, {edit!r}

@@ -8,13 +8,12 @@ import threading
 
 import pytest
 import torch
-from local_support import alive, mlp, mlp_bindings, mlp_tensors, open_files, single, slot, wait_gone
+from local_support import alive, mlp, mlp_bindings, mlp_tensors, open_files, single, slot, update_program, wait_gone
 
 from hocket.runtime.engines.local import Limits, LocalEngine
 from hocket.runtime.errors import InputError, ProgramError, RunError
 from hocket.runtime.memory import default_arena
 from hocket.runtime.mesh import Mesh
-from hocket.runtime.program import PortSpec, RankProgram, Segment
 
 MESH = Mesh.parse("tp=2")
 
@@ -131,26 +130,6 @@ def test_steps_in_flight_are_bounded_and_in_order():
         handle = engine.load(single(MESH, "aten.add.Tensor", [slot(0), 1]), {})
         steps = [engine.submit_forward(handle, [torch.full((4,), float(k))]) for k in range(20)]
         assert [float(step.result()[0][0]) for step in reversed(steps)] == [k + 1.0 for k in reversed(range(20))]
-
-
-def update_program(mesh, kind="buffer"):
-    """seen = count + x; count <- count + 1 (in the first segment); late = 10 * count as it was, in the second."""
-    from local_support import instruction
-
-    where = ("R",) * len(mesh.axes)
-    ports = (PortSpec(kind, "count", (3,), "float32", where), PortSpec("input", "x", (3,), "float32", where))
-    outputs = (
-        PortSpec("output", "seen", (3,), "float32", where),
-        PortSpec("update", "count", (3,), "float32", where),
-        PortSpec("gradient", "x", (3,), "float32", where),
-    )
-    code = (
-        instruction("aten.add.Tensor", [slot(0), slot(1)], 2),
-        instruction("aten.add.Tensor", [slot(0), 1], 3),
-        instruction("aten.mul.Tensor", [slot(0), 10], 4),
-    )
-    segments = (Segment("forward", 0, 2, (0, 1), ((0, 2), (1, 3)), ()), Segment("backward", 2, 3, (), ((2, 4),), ()))
-    return RankProgram(mesh, ports, outputs, code, segments, ("", "bn.py:1 count"), (), 5)
 
 
 def test_updates_are_written_into_the_bound_tensor_after_every_rank_has_read_it(engine):
