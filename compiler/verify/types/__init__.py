@@ -1,6 +1,7 @@
 """Placement types: is the distribution of a lowered program right, on all ranks at once?"""
 
 from .check import Finding, TypeReport, check_types
+from .erase import erase
 from .value import Axes, Cut, Dim, Type
 
-__all__ = ["Axes", "Cut", "Dim", "Finding", "Type", "TypeReport", "check_types"]
+__all__ = ["Axes", "Cut", "Dim", "Finding", "Type", "TypeReport", "check_types", "erase"]

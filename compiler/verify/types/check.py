@@ -1,7 +1,7 @@
 """Placement types (the first level of proof): re-derive how every value of a lowered program lies over the ranks.
 
-Only the layouts of the inputs are believed. Every op is typed by its rule, for all ranks at once and without looking at how many there
-are; the layouts that a pass declared are then compared with what was derived. What is checked:
+Only the layouts of the inputs are believed. Every op is typed by its rule, for all ranks at once: the cost does not depend on how
+many there are. The layouts that a pass declared are then compared with what was derived. What is checked:
 
 1. every op means on pieces what it means on whole values (no partial sum is squared, no cut dimension is normalised, ...);
 2. every collective has something to do, over an axis that exists, on pieces of equal length;
@@ -13,8 +13,11 @@ If all of it holds, the program on pieces equals the 1-rank program that ``erase
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +25,7 @@ import torch
 import torch.fx as fx
 
 from ...errors import InputError
-from ...program import Program, RoleKind, note, tensor_leaves
+from ...program import Program, note, tensor_leaves
 from .declared import agree, hints_of
 from .integers import evaluate, is_integer_function
 from .problem import IllTyped, Moved, Op, Untypable
@@ -64,6 +67,18 @@ class TypeReport:
         return "ill-typed" if self.problems else "untypable" if self.untyped else "typed"
 
 
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Typing makes many small objects and no cycles; collecting among the objects of torch costs more than typing itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _Untyped:
     """Stands for a value without a type."""
 
@@ -76,10 +91,11 @@ def check_types(program: Program, original: Program | None = None) -> TypeReport
     if program.mesh is None:
         raise InputError("expected a program lowered to a mesh, found a logical one; there is nothing to type")
     checker = _Checker(program, original)
-    for node in program.nodes:
-        if node.op != "output":
-            checker.node(node)
-    checker.results()
+    with _without_collector():
+        for node in program.nodes:
+            if node.op != "output":
+                checker.node(node)
+        checker.results()
     return TypeReport(tuple(checker.problems), tuple(checker.untyped), checker.ops, checker.axes, checker.types, checker.typed)
 
 
@@ -212,10 +228,13 @@ class _Checker:
         missing = [self.axes.names[i] for i, (a, b) in enumerate(zip(found.partial, hint.partial, strict=True)) if a and not b]
         again = [self.axes.names[i] for i, (a, b) in enumerate(zip(found.partial, hint.partial, strict=True)) if b and not a]
         kind = "the result is" if node in set(self.program.results) else "it is"
-        text = f"{kind} declared {self.axes.describe(hint)} of {list(hint.shape)} but is {self.axes.describe(found)} of {list(found.shape)}"
+        text = f"{kind} declared {self._show(hint)} but is {self._show(found)}"
         if missing:
             return f"{text}: a reduction over {', '.join(missing)} is missing"
         return f"{text}: it would be reduced over {', '.join(again)} again" if again else text
+
+    def _show(self, value: Type) -> str:
+        return f"{self.axes.describe(value)} of {list(value.shape)}"
 
     def _compare_original(self, node: fx.Node, index: int, found: Type) -> None:
         same = self.originals.get(note(node).carries or note(node).origin)
@@ -257,7 +276,7 @@ class _Checker:
 
 
 @functools.cache
-def _schema(target: Any) -> tuple[tuple[str, Any], ...]:
+def schema_of(target: Any) -> tuple[tuple[str, Any], ...]:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return ()
@@ -267,7 +286,7 @@ def _schema(target: Any) -> tuple[tuple[str, Any], ...]:
 def arguments(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
     """All arguments in schema order, defaults filled in, nodes replaced by their types."""
     found = [_replaced(arg, values) for arg in node.args]
-    schema = _schema(node.target)
+    schema = schema_of(node.target)
     for name, default in schema[len(found) :]:
         found.append(_replaced(node.kwargs[name], values) if name in node.kwargs else default)
     return found

@@ -63,7 +63,7 @@ def _check_reduction(op: Op, value: Type, reduce: str, axis: int, kind: str) -> 
     if axis in value.cut_axes():
         raise IllTyped(f"{kind} of a value that is cut over {name}: it would mix pieces of different places", 0)
     if reduce == "sum" and axis in value.scaled:
-        op.undo_scale.append(0)
+        op.undo_scale.append((0, parts))
         return
     if reduce in ("max", "min", "avg"):
         return
@@ -148,10 +148,9 @@ def moved_to(axes: Axes, dims: Sequence[Dim], axis: int, position: int, *, behin
         if here is None:
             result.append(dim)
             continue
-        cuts = tuple(
-            Cut(cut.axis, cut.outer // parts if cut.outer > here.outer else cut.outer) for cut in dim.cuts if cut.axis != axis
-        )
-        result.append(Dim(dim.size // parts, cuts))
+        others = [cut for cut in dim.cuts if cut.axis != axis]
+        shifted = tuple(Cut(cut.axis, cut.outer // parts if cut.outer > here.outer else cut.outer) for cut in others)
+        result.append(Dim(dim.size // parts, shifted))
     old = result[position]
     if not (axes.is_even(old) and all(axes.is_even(dim) for dim in dims if any(cut.axis == axis for cut in dim.cuts))):
         raise Untypable("uneven chunks read as another tensor")

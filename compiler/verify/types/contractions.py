@@ -40,7 +40,8 @@ def contract(op: Op, left: Type, right: Type, labels: str) -> Type:
 def _unequal(op: Op, name: str, output: str, left: Type, right: Type) -> str:
     doing = "pairs" if name in output else "contracts"
     return (
-        f"{op_name(op)} {doing} {op.axes.describe(left)} of {list(left.shape)} with {op.axes.describe(right)} of {list(right.shape)}: "
+        f"{op_name(op)} {doing} {op.axes.describe(left)} of {list(left.shape)} "
+        f"with {op.axes.describe(right)} of {list(right.shape)}: "
         "the pieces belong to different positions"
     )
 

@@ -40,8 +40,8 @@ def _even_shape(piece: torch.Tensor, layout: Layout, axes: Axes) -> tuple[int, .
 def agree(op: Op, found: Type, hint: Type, *, may_move: bool) -> tuple[Type | None, tuple[Dim, ...] | None]:
     """(agreed type or None, dims to move to or None).
 
-    A final value also is its own partial average, maximum and minimum; a zero also is a partial sum. may_move: the node was added by a
-    pass, so its pieces may be read as another global tensor of the same local shape.
+    A final value also is its own partial average, maximum and minimum; a zero also is a partial sum. may_move: the node was added
+    by a pass, so its pieces may be read as another global tensor of the same local shape.
     """
     partial = list(found.partial)
     cut = {*found.cut_axes(), *hint.cut_axes()}

@@ -2,19 +2,20 @@
 
     dims   [B, tp*H, S] -> atoms  B | tp H | S  -> view to local [B*H, S] -> dims [B x tp x H, S]
 
-The order of the atoms never changes, so every regrouping is a view of the global tensor. Where a mesh axis stands between two output
-dimensions it may belong to either; it goes with the local factor that it cut before, or where the declared layout has it.
+The order of the atoms never changes, so every regrouping is a view of the global tensor. Where a mesh axis stands between two
+output dimensions it may belong to either; it goes with the local factor that it cut before, or where the declared layout has it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from .problem import IllTyped, Op, Untypable
-from .value import Cut, Dim, Integer, Type, same_integer
+from .problem import IllTyped, Moved, Op, Untypable
+from .value import Axes, Cut, Dim, Integer, Type, same_integer
 
 
 class Atom(NamedTuple):
@@ -159,3 +160,46 @@ def _belongs_here(queue: list[Atom], position: int, remaining: int, hints: dict[
 
 def _show(size: Integer) -> str:
     return str(size) if isinstance(size, int) else "/".join(str(int(n)) for n in size.flat[:4]) + ("/..." if size.size > 4 else "")
+
+
+def permutation(axes: Axes, move: Moved) -> tuple[list[int], list[int]]:
+    """The change of reading as an op on the whole value: its shape split into factors, and the order in which they are wanted."""
+    before = [_labels(axes, i, dim, _breaks(axes, i, move)) for i, dim in enumerate(move.before)]
+    after = [_labels(axes, i, dim, _breaks(axes, i, move)) for i, dim in enumerate(move.after)]
+    flat = [factor for dim in before for factor in dim]
+    place = {label: i for i, (label, _) in enumerate(flat)}
+    return [size for _, size in flat], [place[label] for dim in after for label, _ in dim]
+
+
+def _breaks(axes: Axes, position: int, move: Moved) -> list[int]:
+    """Where axes stand in a dimension before or after, in local elements."""
+    found = {1}
+    for dim in (move.before[position], move.after[position]):
+        done = 1
+        for cut in dim.cuts:
+            found.add(cut.outer // done)
+            done *= axes.parts[cut.axis]
+    result = sorted(found)
+    for low, high in itertools.pairwise(result):
+        if high % low:
+            raise Untypable("the axes stand at places of a dimension that do not nest")
+    return result
+
+
+def _labels(axes: Axes, position: int, dim: Dim, breaks: list[int]) -> list[tuple[tuple[str, int, int], int]]:
+    """((kind, dimension or axis, number), size) from left to right."""
+    if not axes.is_even(dim):
+        return [(("uneven", position, 0), dim.size)]
+    local = dim.size // axes.product(dim.cuts)
+    found: list[tuple[tuple[str, int, int], int]] = []
+    waiting = list(dim.cuts)
+    done = 1
+    for number, start in enumerate(breaks):
+        while waiting and waiting[0].outer // done == start:
+            cut = waiting.pop(0)
+            done *= axes.parts[cut.axis]
+            found.append((("axis", cut.axis, 0), axes.parts[cut.axis]))
+        stop = breaks[number + 1] if number + 1 < len(breaks) else local
+        if stop != start:
+            found.append((("local", position, number), stop // start))
+    return found

@@ -166,11 +166,8 @@ def nll_loss_backward(op: Op, gradient: Type, value: Type, target: Type, weight:
 
 def _attention_dims(op: Op, query: Type, key: Type, value: Type, *, causal: bool) -> None:
     if query.dims[:2] != key.dims[:2] or key.dims[:3] != value.dims[:3]:
-        raise IllTyped(
-            f"attention pairs queries {op.axes.describe(query)} with keys {op.axes.describe(key)} and values {op.axes.describe(value)}",
-            0,
-            1,
-        )
+        shown = [op.axes.describe(operand) for operand in (query, key, value)]
+        raise IllTyped("attention pairs queries {} with keys {} and values {}".format(*shown), 0, 1)
     for operand in (query, key, value):
         whole_along(op, operand, {3})
     if key.dims[2].cuts:

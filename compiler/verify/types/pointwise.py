@@ -152,7 +152,7 @@ def _sum_state(op: Op, axis: int, states: Sequence[str], operands: Sequence[Type
                 continue
             if axis not in value.scaled:
                 raise IllTyped(_counted("a value that is " + op.axes.describe(value), op, axis=axis), position)
-            op.undo_scale.append(position)
+            op.undo_scale.append((position, op.axes.parts[axis]))
         return "sum"
     found = " and ".join(sorted(f"a partial {kind}" if kind else "a final value" for kind in kinds))
     raise IllTyped(f"{found} over {op.axes.names[axis]} are added: they have no common reduction", *positions)

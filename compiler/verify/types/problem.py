@@ -37,9 +37,10 @@ class Moved(NamedTuple):
 class Op:
     """One node while it is typed: what the rules may ask, and where they leave what erasure needs.
 
-    target: the op that the 1-rank program calls instead, None for the same; new_args: arguments (by schema position) that differ in it;
-    becomes: argument that replaces the node in it (-1: none); moves_in, moves_out: changes of reading before and after the op;
-    times: factor on the result in the 1-rank program; undo_scale: arguments that stand for what they were before a division.
+    target: the op that the 1-rank program calls instead, None for the same; new_args: arguments (by schema position) that differ
+    in it; becomes: argument that replaces the node in it (-1: none); moves_in, moves_out: changes of reading before and after the
+    op; times: factor on the result in the 1-rank program; undo_scale: (argument, number of ranks) where it stands for what it was
+    before a division by that number; look_ahead: the declared type of the first declared node behind this one.
     """
 
     __slots__ = (
@@ -66,7 +67,7 @@ class Op:
         self.moves_in: list[Moved] = []
         self.moves_out: list[Moved] = []
         self.times: int | None = None
-        self.undo_scale: list[int] = []
+        self.undo_scale: list[tuple[int, int]] = []
         self.look_ahead: Callable[[], Type | None] | None = None
 
     def wrong(self, message: str, *operands: int) -> IllTyped | Untypable:

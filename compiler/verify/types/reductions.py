@@ -3,6 +3,8 @@
 sum over a cut dimension -> P(sum)     mean -> P(avg)     max -> P(max)     softmax, argmax, variance over it -> error
 """
 
+# ruff: noqa: FBT002 (all rules share one signature)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -5,9 +5,11 @@ A dimension is read as a row of factors from left to right. Some factors are loc
     [B, H, S]  cut over tp along H, seen after  view(B*H, S):      dim 0 = B x tp x H/tp      Cut(axis=tp, outer=B)
 
 ``outer`` is the product of everything left of the axis, in global units. ``outer = 1`` is the usual shard; anything else is a
-strided shard. A dimension that its axes do not divide evenly can only be cut at its left edge, by the chunk rule of ``runtime.shards``,
-in units of ``granule`` elements.
+strided shard. A dimension that its axes do not divide evenly can only be cut at its left edge, by the chunk rule of
+``runtime.shards``, in units of ``granule`` elements.
 """
+
+# ruff: noqa: FBT001, FBT002 (zero is a fact about a value, not an option)
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ class Type:
         dims: tuple[Dim, ...],
         partial: tuple[str, ...],
         zero: bool = False,
-        scaled: tuple[int, ...] = (),  # noqa: FBT001, FBT002
+        scaled: tuple[int, ...] = (),
     ) -> None:
         self.dims = dims
         self.partial = partial
@@ -127,7 +129,10 @@ class Axes:
         return not dim.cuts or (dim.granule == 1 and dim.size % self.product(dim.cuts) == 0)
 
     def prefix(self, size: int, axes: Sequence[int], granule: int = 1) -> Dim:
-        """A dimension cut at its left edge by some axes, the first one outermost (the nesting of DTensor). Axes of size 1 cut nothing."""
+        """A dimension cut at its left edge by some axes, the first one outermost (as DTensor nests them).
+
+        Axes of size 1 cut nothing.
+        """
         cuts, outer = [], 1
         for axis in axes:
             if self.parts[axis] > 1:

@@ -130,6 +130,8 @@ def slice_backward(op: Op, gradient: Type, sizes: Sequence[Integer], dim: int, *
     if not cut.cuts:
         dims[position] = Dim(_shared(sizes[position]))
     op.new_args[1] = [d.size for d in dims]
+    if cut.cuts:
+        op.new_args[3], op.new_args[4] = 0, cut.size
     return Type(tuple(dims), gradient.partial, gradient.zero)
 
 
