@@ -97,7 +97,6 @@ LINEAR_IN_GRADIENT = frozenset(
         aten.upsample_nearest2d_backward.default,
         aten.upsample_bilinear2d_backward.default,
         aten.nll_loss_backward.default,
-        aten.mse_loss_backward.default,
         aten.native_layer_norm_backward.default,
         aten._fused_rms_norm_backward.default,
         aten.native_group_norm_backward.default,
