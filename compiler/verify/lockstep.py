@@ -25,6 +25,9 @@ from .widen import widen_call, widen_tensor
 Values = list[Any]
 """One value per rank."""
 
+RESHAPED: dict[Any, Any] = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
+"""A view was traced for the strides of the example; inputs given here may have others (the tangent of a transposed output)."""
+
 ONE_RANK = Mesh((("one", 1),))
 
 
@@ -141,7 +144,7 @@ def _run_node(node: fx.Node, values: Mapping[fx.Node, Values], mesh: Mesh, dtype
 
 def _run_ranks_apart(node: fx.Node, values: Mapping[fx.Node, Values], mesh: Mesh, dtype: torch.dtype | None) -> Values:
     """An op that looks at its own rank only. Ranks with identical arguments share the result unless the op draws random numbers."""
-    target, args, kwargs = widen_call(node.target, node.args, node.kwargs, dtype)
+    target, args, kwargs = widen_call(RESHAPED.get(node.target, node.target), node.args, node.kwargs, dtype)
     share = torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ())
     done: dict[tuple[int, ...], Any] = {}
     results = []
