@@ -1,0 +1,190 @@
+"""What each command does. All of them return JSON-ready facts and print on the console they are given."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ...runtime.mesh import Mesh
+from ..capture import capture
+from ..capture.step import scalar_loss
+from ..demo.race import race
+from ..doors.hall import Compiled, Options, compile_program
+from ..doors.module import session_of
+from ..doors.parallelize import parallelize
+from ..errors import InputError
+from ..plan import tactics
+from ..plan.tactics import Tactic
+from ..report.rows import activation_groups, decision_row, parameter_groups
+from ..report.text import captured, decisions_table, every_decision, passes_table, plan_table
+from ..retrace import Retrace
+from ..verify.report import Status
+from .doctor import examine
+from .target import Target, load_target
+
+_TACTIC = re.compile(r"(\w+)\((\w+)(?:,\s*(?:stage=)?(\d))?\)")
+_TACTICS = {
+    "Auto": tactics.Auto,
+    "DataParallel": tactics.DataParallel,
+    "SequenceParallel": tactics.SequenceParallel,
+    "TensorParallel": tactics.TensorParallel,
+    "Zero": tactics.Zero,
+}
+
+
+def demo(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The whole way of a small Llama on real text."""
+    from ..demo.show import show
+
+    return show(console, mesh=arguments.mesh, steps=arguments.steps, out=Path(arguments.out))
+
+
+def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Capture and plan; run nothing."""
+    compiled = _compile(arguments, level="off")
+    console.print(captured(compiled), plan_table(compiled))
+    return _facts(compiled)
+
+
+def explain(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Every decision, and the program on request."""
+    compiled = _compile(arguments, level=None)
+    console.print(captured(compiled), passes_table(compiled), decisions_table(every_decision(compiled), arguments.topic))
+    if arguments.code:
+        console.print(compiled.lowered.graph.code)
+    facts = _facts(compiled)
+    facts["decisions"] = [decision_row(d) for d in every_decision(compiled)]
+    return facts
+
+
+def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Prove the sharded program; the exit status is 1 where it is not proven."""
+    compiled = _compile(arguments, level=arguments.level)
+    console.print(captured(compiled), passes_table(compiled))
+    for record in compiled.records:
+        console.print(record.verdict)
+    facts = _facts(compiled)
+    facts["verdicts"] = [{"pass": record.name, **json.loads(record.verdict.to_json())} for record in compiled.records]
+    facts["ok"] = all(record.verdict.status is Status.EQUAL for record in compiled.records)
+    return facts
+
+
+def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Train on real local ranks beside plain torch, on one fixed batch."""
+    target, mesh = _target(arguments), Mesh.parse(arguments.mesh)
+    plain = copy.deepcopy(target.model)
+    with parallelize(target.model, mesh, target.args, target.kwargs, tactics=_tactics(arguments.tactic)) as parallel:
+        session = session_of(parallel)
+        console.print(captured(session.compiled), passes_table(session.compiled))
+        batches = itertools.repeat((target.args, target.kwargs))
+        result = race(plain, parallel, batches, steps=arguments.steps, workers=mesh.size, loss_of=_any_loss, rate=arguments.lr)
+        if arguments.trace:
+            engine: Any = session.engine
+            engine.start_trace()
+            _any_loss(parallel(*target.args, **target.kwargs)).backward()
+            engine.trace(arguments.trace)
+            console.print(f"trace of one step: {arguments.trace}")
+    table = Table(title="training on one batch", title_justify="left")
+    for heading in ("how", "ms per step", "first loss", "last loss"):
+        table.add_column(heading, justify="right")
+    for lane in (result.plain, result.ranks):
+        for how in lane.seconds:
+            table.add_row(how, f"{lane.median(how) * 1e3:.1f}", f"{lane.losses[0]:.6f}", f"{lane.losses[-1]:.6f}")
+    console.print(table, f"largest relative difference of the losses: {result.worst_loss_difference:.1e}")
+    return {
+        "losses_plain": result.plain.losses,
+        "losses_ranks": result.ranks.losses,
+        "worst_loss_difference": result.worst_loss_difference,
+        "seconds": {how: lane.median(how) for lane in (result.plain, result.ranks) for how in lane.seconds},
+        "ok": result.worst_loss_difference < 1e-3,
+    }
+
+
+def doctor(_: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Examine this machine; the exit status is 1 where something needed is broken."""
+    findings = examine()
+    table = Table(title="hocket doctor", title_justify="left")
+    for heading in ("what", "state", "detail"):
+        table.add_column(heading, overflow="fold")
+    colours = {"ok": "green", "absent": "yellow", "broken": "red"}
+    for finding in findings:
+        table.add_row(finding.topic, f"[{colours[finding.state]}]{finding.state}[/]", finding.detail)
+    console.print(table)
+    rows = [{"topic": f.topic, "state": f.state, "detail": f.detail} for f in findings]
+    return {"findings": rows, "ok": all(f.state != "broken" for f in findings)}
+
+
+def _target(arguments: argparse.Namespace) -> Target:
+    return load_target(arguments.target, arguments.input)
+
+
+def _compile(arguments: argparse.Namespace, *, level: str | None) -> Compiled:
+    target = _target(arguments)
+    train = not arguments.inference
+    program = capture(target.model, target.args, target.kwargs, train=train)
+    options = Options(mesh=Mesh.parse(arguments.mesh), tactics=_tactics(arguments.tactic), level=level)
+    return compile_program(program, options, retrace=Retrace(target.model, target.args, target.kwargs, train=train))
+
+
+def _tactics(texts: Sequence[str]) -> list[Tactic] | str:
+    return [_tactic(text) for text in texts] or "auto"
+
+
+def _tactic(text: str) -> Tactic:
+    match = _TACTIC.fullmatch(text)
+    if match is None or match[1] not in _TACTICS:
+        raise InputError(
+            f"--tactic {text!r}: expected one of {', '.join(f'{name}(axis)' for name in _TACTICS)}, such as DataParallel(dp)"
+        )
+    kind, axis, stage = match.groups()
+    if stage is None:
+        return _TACTICS[kind](axis)
+    if kind != "Zero":
+        raise InputError(f"--tactic {text!r}: only Zero has stages, such as Zero(dp, 3)")
+    return tactics.Zero(axis, stage=int(stage))
+
+
+def _any_loss(result: Any) -> torch.Tensor:
+    """The model's own loss, or the mean square of its floating outputs where it has none."""
+    try:
+        return scalar_loss(result, None)
+    except InputError:
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if not leaves:
+            raise InputError("nothing the model returns needs a gradient, so there is nothing to train") from None
+        return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
+
+
+def _facts(compiled: Compiled) -> dict[str, Any]:
+    cost = compiled.plan.cost
+    return {
+        "nodes": len(compiled.program.nodes),
+        "sizes": dict(compiled.program.sizes),
+        "mesh": str(compiled.plan.mesh),
+        "seconds": dict(compiled.seconds),
+        "parameters": [group.row() for group in parameter_groups(compiled.program, compiled.plan)],
+        "activations": [group.row() for group in activation_groups(compiled.program, compiled.plan)],
+        "predicted": {
+            "seconds": float(cost.seconds),
+            "flops": float(cost.flops),
+            "bytes_moved": float(cost.bytes_moved),
+            "bytes_on_wire": float(cost.bytes_on_wire),
+            "peak_bytes": float(cost.peak_bytes),
+        },
+        "gap": compiled.plan.certificate.gap,
+    }
+
+
+def calibrate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure this machine and keep the figures for the planner."""
+    raise InputError(str(arguments))

@@ -1,0 +1,82 @@
+"""One forward in the user's process: torch's autograd sees a single function whose forward and backward run on the ranks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...runtime.engines.base import Engine
+from ..errors import InputError
+from ..program import RoleKind
+from .loaded import Loaded
+from .state import ModelState
+
+
+class Call:
+    """The state of one forward until its backward."""
+
+    def __init__(self, engine: Engine, loaded: Loaded, inputs: Sequence[Tensor], state: ModelState) -> None:
+        self.engine = engine
+        self.state = state
+        self.loaded = loaded
+        self.inputs = inputs
+        self.ticket: Any = None
+        self.spent = False
+        self.versions = [tensor._version for tensor in loaded.parameters.values()]
+
+    def forward(self) -> list[Tensor | None]:
+        """Run the first segment; global outputs in segment order."""
+        self.ticket, outputs = self.engine.forward(self.loaded.handle, self.inputs)
+        return outputs
+
+    def backward(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Run the second segment; one gradient per differentiable tensor. InputError on a second call or on changed parameters."""
+        if self.spent:
+            raise InputError(
+                "backward ran a second time through the same forward, whose activations are gone after the first; "
+                "call the model again, or sum the losses before one backward"
+            )
+        self.spent = True
+        for (name, tensor), version in zip(self.loaded.parameters.items(), self.versions, strict=True):
+            if tensor._version != version:
+                raise InputError(
+                    f"parameter {name} was changed in place between the forward and its backward (version {version} -> "
+                    f"{tensor._version}), so its gradient would be wrong; step the optimizer after the backward"
+                )
+        results = self.engine.backward(self.loaded.handle, self.ticket, self.loaded.tangents(tangents))
+        return [
+            self.state.gradient(name, value) if kind is RoleKind.PARAM and value is not None else value
+            for (kind, name), value in zip(self.loaded.differentiable, self.loaded.gradients(results), strict=True)
+        ]
+
+
+class RanksFunction(torch.autograd.Function):
+    """Differentiable call: tensors that may need a gradient go in, the outputs of the first segment come out."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The other tensors only tell autograd what the outputs depend on; the engine reads its own bindings."""
+        outputs = call.loaded.outputs(call.forward())
+        ctx.call = call
+        ctx.save_for_backward(_release_with(call))
+        ctx.mark_non_differentiable(*(t for t, yes in zip(outputs, call.loaded.has_tangent, strict=True) if not yes))
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the other tensors, in order."""
+        call: Call = ctx.call
+        return (None, *call.backward(tangents))
+
+
+def _release_with(call: Call) -> Tensor:
+    """A tensor that autograd saves: when it lets go of it (after the backward, or when the graph dies), the ranks may free too."""
+    token = np.zeros(1, dtype=np.uint8)
+    weakref.finalize(token, call.engine.release, call.ticket)
+    return torch.from_numpy(token)

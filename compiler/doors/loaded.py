@@ -1,0 +1,110 @@
+"""A compiled program on an engine, with the bookkeeping between the user's call and the program's ports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ...runtime.engines.base import Engine
+from ..errors import HocketError
+from ..program import Literal, RoleKind
+from .hall import Compiled
+
+BOUND = frozenset({RoleKind.PARAM, RoleKind.BUFFER, RoleKind.STATE, RoleKind.CONSTANT})
+"""Kinds of inputs that keep their tensor from call to call."""
+
+
+class Loaded:
+    """See the module.
+
+    parameters: name -> the user's tensor that the ranks read in place; has_tangent: per OUTPUT port of the first segment, whether
+    its tangent is an input of the second; differentiable: (kind, name) of what gets a gradient, in the order in which
+    ``gradients`` returns them.
+    """
+
+    def __init__(self, engine: Engine, compiled: Compiled, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+        """Place ``compiled`` on ``engine``. tensors: parameters, buffers and states by (kind, name)."""
+        signature = compiled.program.signature
+        self.compiled = compiled
+        self.bindings: dict[tuple[str, str], Tensor] = {}
+        for role in signature.inputs:
+            if role.kind in BOUND:
+                key = (str(role.kind), role.name)
+                self.bindings[key] = compiled.program.constants[role.name] if role.kind is RoleKind.CONSTANT else tensors[key]
+        self.handle = engine.load(compiled.instructions, self.bindings)
+        self.parameters = {name: tensor for (kind, name), tensor in self.bindings.items() if kind == RoleKind.PARAM}
+
+        segments = compiled.instructions.segments
+        ports = compiled.instructions.segment_outputs(segments[0].name)
+        self._output_ports = [port for port in ports if signature.outputs[port].kind is RoleKind.OUTPUT]
+        self._output_places = [i for i, port in enumerate(ports) if signature.outputs[port].kind is RoleKind.OUTPUT]
+        tangents = signature.inputs_of(RoleKind.TANGENT)
+        self.has_tangent = [signature.outputs[port].name in tangents for port in self._output_ports]
+        self._tangent_of = [self._place_of_output(signature.inputs[port].name) for port in segments[-1].inputs] if tangents else []
+
+        wanted = signature.outputs_of(RoleKind.GRADIENT)
+        later = compiled.instructions.segment_outputs(segments[-1].name) if len(segments) > 1 else ()
+        place = {port: i for i, port in enumerate(later)}
+        self.differentiable = [
+            (role.kind, role.name)
+            for role in signature.inputs
+            if role.kind in (RoleKind.PARAM, RoleKind.INPUT) and role.name in wanted
+        ]
+        self._gradient_places = [place.get(wanted[name]) for _, name in self.differentiable]
+        self.takes_gradients = len(segments) > 1
+
+    def _place_of_output(self, name: str) -> int:
+        names = [self.compiled.program.signature.outputs[port].name for port in self._output_ports]
+        return names.index(name)
+
+    def inputs(self, leaves: Sequence[Any], seed: int) -> list[Tensor]:
+        """Values of the unbound ports of the first segment from the leaves of the user's (args, kwargs)."""
+        signature = self.compiled.program.signature
+        by_port = {place: leaves[i] for i, place in enumerate(signature.in_leaves) if not isinstance(place, Literal)}
+        values = []
+        for port in self.compiled.instructions.segments[0].inputs:
+            role = signature.inputs[port]
+            if role.kind is RoleKind.INPUT:
+                values.append(by_port[port].detach())
+            elif role.kind is RoleKind.SEED:
+                values.append(torch.tensor(seed, dtype=torch.int64))
+            elif role.kind not in BOUND:
+                raise HocketError(f"the first segment asks for {role}, which no caller can give")
+        return values
+
+    @property
+    def needs_seed(self) -> bool:
+        """Whether the program draws random numbers."""
+        return bool(self.compiled.program.signature.inputs_of(RoleKind.SEED))
+
+    def differentiable_tensors(self, leaves: Sequence[Any], parameter: Callable[[str], Tensor]) -> list[Tensor]:
+        """The user's tensors behind ``differentiable``; ``parameter`` gives those of parameters by name."""
+        signature = self.compiled.program.signature
+        by_name = {signature.inputs[p].name: leaves[i] for i, p in enumerate(signature.in_leaves) if not isinstance(p, Literal)}
+        return [parameter(name) if kind is RoleKind.PARAM else by_name[name] for kind, name in self.differentiable]
+
+    def outputs(self, results: Sequence[Tensor | None]) -> list[Tensor]:
+        """The OUTPUT ports among the results of the first segment."""
+        found = [results[i] for i in self._output_places]
+        assert all(value is not None for value in found), "an OUTPUT port has no value"
+        return [value for value in found if value is not None]
+
+    def tangents(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """From one tangent per OUTPUT port (None where it has none) to the inputs of the second segment."""
+        return [given[place] for place in self._tangent_of]
+
+    def gradients(self, results: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """From the results of the second segment to one gradient per entry of ``differentiable``."""
+        return [None if place is None else results[place] for place in self._gradient_places]
+
+    def rebuild(self, outputs: Sequence[Tensor]) -> Any:
+        """The user's own output structure."""
+        signature = self.compiled.program.signature
+        place = {port: i for i, port in enumerate(self._output_ports)}
+        leaves = [leaf.value if isinstance(leaf, Literal) else outputs[place[leaf]] for leaf in signature.out_leaves]
+        assert signature.out_spec is not None, "a captured program has the tree of its outputs"
+        return pytree.tree_unflatten(leaves, signature.out_spec)

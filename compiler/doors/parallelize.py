@@ -1,0 +1,152 @@
+"""``hocket.parallelize`` and ``@hocket.parallel``: the main doors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ...runtime.engines.base import Engine
+from ...runtime.mesh import Mesh
+from ..errors import InputError
+from ..plan.tactics import Tactic
+from .engines import make_engine
+from .hall import Options
+from .module import ParallelModule, lazy_class, parallel_view
+from .session import Session
+from .state import PiecewiseState, WholeState
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: str | int | Mesh,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    tactics: Sequence[Tactic] | str = "auto",
+    engine: str | Engine = "local",
+    constraints: Mapping[str, Any] | None = None,
+    verify: str | None = None,
+    memory_limit: int | None = None,
+) -> ParallelModule:
+    """The same module, running on the ranks of a mesh.
+
+    model: an ordinary module; it shares its parameters and buffers with the result and stays usable beside it.
+    mesh: ``"tp=2"``, ``"dp=2,tp=2"``, or a number of ranks.
+    example_args, example_kwargs: inputs of one call, to compile now rather than at the first call.
+    tactics: ``"auto"``, or a list such as ``[DataParallel("dp"), TensorParallel("tp")]``; the planner decides what it leaves open.
+    engine: ``"local"`` (ranks are processes of this machine), ``"sim"`` (all ranks in this process), ``"attach"`` (this process is
+    one rank, started by torchrun or SLURM), or an engine of your own.
+    constraints: parameter or input name (globs) -> placements, such as ``{"layers.*.up.weight": "tp:S(0)"}``.
+    verify: how much to prove after every pass, "off", "types", "float", "ring" or "full"; None asks the environment variable
+    HOCKET_VERIFY. memory_limit: most bytes a rank may hold.
+
+    Returns a module of the same class: same signature, outputs, parameter names, ``state_dict`` and train/eval modes. Ordinary
+    training code works on it. It adds ``plan``, ``explain()``, ``verify()`` and ``close()``, and is a context manager.
+
+    Raises InputError for arguments that cannot be right, CaptureError where the model cannot be traced, PlanError where the
+    constraints contradict each other, VerificationError where a rewrite is not proven, RunError where a rank fails.
+    """
+    session = open_session(
+        model,
+        mesh,
+        tactics=tactics,
+        engine=engine,
+        constraints=constraints,
+        verify=verify,
+        memory_limit=memory_limit,
+    )
+    if example_args or example_kwargs:
+        try:
+            session.prepare(tuple(example_args), dict(example_kwargs or {}), mode=model.training)
+        except BaseException:
+            session.close()
+            raise
+    return parallel_view(model, session)
+
+
+def open_session(
+    model: nn.Module,
+    mesh: str | int | Mesh,
+    *,
+    tactics: Sequence[Tactic] | str = "auto",
+    engine: str | Engine = "local",
+    constraints: Mapping[str, Any] | None = None,
+    verify: str | None = None,
+    memory_limit: int | None = None,
+) -> Session:
+    """Check the arguments of ``parallelize`` and open a session on a fresh engine; nothing is compiled yet."""
+    _check_model(model)
+    shape = Mesh.parse(mesh)
+    attached = engine == "attach"
+    options = Options(
+        mesh=shape,
+        tactics=_check_tactics(tactics),
+        constraints=constraints,
+        memory_limit=memory_limit,
+        outputs="replicate" if attached else "any",
+        gradients="like-params" if attached else "any",
+        level=verify,
+    )
+    opened = make_engine(engine, shape)
+    if attached:
+        place: Any = opened
+        return Session(PiecewiseState(model, shape, place.rank, place.device), opened, options)
+    return Session(WholeState(model), opened, options)
+
+
+def parallel(mesh: str | int | Mesh, **options: Any) -> Callable[[type[Model]], type[Model]]:
+    """Class decorator: instances run on the ranks of ``mesh`` from their first call on.
+
+    Takes the keyword arguments of ``parallelize``. The decorated class is a subclass of the original one.
+    """
+
+    Mesh.parse(mesh)
+    unknown = set(options) - set(inspect.signature(open_session).parameters)
+    if unknown:
+        raise InputError(f"@hocket.parallel has no option {sorted(unknown)[0]!r}; it takes those of hocket.parallelize")
+
+    def decorate(cls: type[Model]) -> type[Model]:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise InputError(f"@hocket.parallel decorates subclasses of nn.Module; found {cls!r}")
+        return cast(type[Model], lazy_class(cls, functools.partial(open_session, mesh=mesh, **options)))
+
+    return decorate
+
+
+def _check_model(model: object) -> None:
+    if isinstance(model, type):
+        raise InputError(
+            f"expected an nn.Module, found the class {model.__name__}; make an instance first, or use @hocket.parallel"
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
+    if isinstance(model, ParallelModule):
+        raise InputError("this module is parallel already; pass the one it was made from")
+    devices = {
+        t.device.type for t in pytree.tree_leaves((list(model.parameters()), list(model.buffers()))) if isinstance(t, Tensor)
+    }
+    if "meta" in devices:
+        raise InputError(
+            "the model has parameters on the meta device; materialise them first (model.to_empty(device='cpu') and load)"
+        )
+    if len(devices) > 1:
+        raise InputError(
+            f"expected all parameters and buffers on one kind of device, found {', '.join(sorted(devices))}; move the model"
+        )
+
+
+def _check_tactics(tactics: object) -> Sequence[Tactic] | str:
+    if isinstance(tactics, str):
+        if tactics != "auto":
+            raise InputError(f'tactics must be "auto" or a list such as [TensorParallel("tp")]; found {tactics!r}')
+        return tactics
+    if not isinstance(tactics, Sequence):
+        raise InputError(f'tactics must be "auto" or a list such as [TensorParallel("tp")]; found {type(tactics).__name__}')
+    return tactics

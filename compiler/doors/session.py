@@ -1,0 +1,146 @@
+"""One model on one engine: specialisations by the form of the call, the ranks' view of the parameters, and every call."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ...passes.shard import Shard
+from ...runtime.engines.base import Engine
+from ..capture import Specialisations, capture
+from ..contract import Context
+from ..errors import InputError
+from ..layout import format_layout
+from ..passmanager import run_passes
+from ..program import RoleKind
+from ..retrace import Retrace
+from .autograd import Call, RanksFunction
+from .hall import Compiled, Options, compile_program
+from .loaded import Loaded
+from .state import ModelState
+
+if TYPE_CHECKING:
+    from ..verify.report import Verdict
+
+log = logging.getLogger("hocket")
+
+
+class Session:
+    """See the module. Made by the doors; users meet it through the parallel module."""
+
+    def __init__(self, state: ModelState, engine: Engine, options: Options, *, capacity: int = 8) -> None:
+        self.state = state
+        self.engine = engine
+        self.options = options
+        self._closed = False
+        self._latest: Loaded | None = None
+        self._specialisations: Specialisations[Loaded] = Specialisations(capacity)
+
+    @property
+    def latest(self) -> Loaded:
+        """The specialisation used last; InputError before the first call."""
+        if self._latest is None:
+            raise InputError("nothing is compiled yet: call the module once, or pass example_args to hocket.parallelize")
+        return self._latest
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``module(*args, **kwargs)`` returns, computed on the ranks and differentiable in this process."""
+        loaded = self.prepare(args, kwargs, mode=module.training)
+        leaves = pytree.tree_leaves((args, kwargs))
+        seed = int(torch.randint(2**62, ())) if loaded.needs_seed else 0
+        call = Call(self.engine, loaded, loaded.inputs(leaves, seed), self.state)
+        if loaded.takes_gradients:
+            outputs = RanksFunction.apply(call, *loaded.differentiable_tensors(leaves, self.state.leaf))  # type: ignore[no-untyped-call]
+        else:
+            outputs = loaded.outputs(call.forward())
+            self.engine.release(call.ticket)
+        return loaded.rebuild(outputs)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, mode: bool) -> Loaded:
+        """The specialisation for this form of call, compiled now if it is new. mode: the module's train/eval mode."""
+        self.check_open()
+        moved = self.state.changed()
+        if moved:
+            log.warning("hocket: %s was replaced since the last call: compiling again", moved)
+            self._specialisations.clear()
+        model = self.state.captured
+        with _mode(model, training=mode):
+            train = torch.is_grad_enabled() and _needs_gradient(model, args, kwargs)
+            self._latest = self._specialisations.get(model, args, kwargs, training=train, make=self._compile)
+        return self._latest
+
+    def check_open(self) -> None:
+        """InputError once closed."""
+        if self._closed:
+            raise InputError("this parallel module was closed; make a new one with hocket.parallelize")
+
+    def _compile(self, train: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loaded:  # noqa: FBT001 (a callback)
+        start = time.perf_counter()
+        program = capture(self.state.captured, args, kwargs, train=train)
+        captured = time.perf_counter() - start
+        retrace = Retrace(self.state.captured, args, kwargs, train=train)
+        compiled = compile_program(program, self.options, retrace=retrace, fixed=self._settled())
+        compiled = compiled.timed(capture=captured)
+        loaded = Loaded(self.engine, compiled, self.state.bindings(compiled))
+        self.state.watch()
+        return loaded
+
+    def _settled(self) -> Mapping[str, Any]:
+        """Parameter layouts of the first specialisation, where the engine keeps pieces rather than whole tensors."""
+        if self.options.gradients == "any" or self._latest is None:
+            return {}
+        plan, program = self._latest.compiled.plan, self._latest.compiled.program
+        return {
+            role.name: format_layout(plan.nodes[node.name].outputs[0])
+            for node, role in zip(program.placeholders, program.signature.inputs, strict=True)
+            if role.kind is RoleKind.PARAM
+        }
+
+    def close(self) -> None:
+        """End the ranks. Closing twice is harmless."""
+        if not self._closed:
+            self._closed = True
+            self._specialisations.clear()
+            self.engine.close()
+
+    @property
+    def compiled(self) -> Compiled:
+        """The latest specialisation."""
+        return self.latest.compiled
+
+    def explain(self, topic: str = "") -> str:
+        """See ``ParallelModule.explain``."""
+        from ..report.text import explain
+
+        return explain(self.compiled, topic)
+
+    def verify(self, level: str) -> Verdict:
+        """See ``ParallelModule.verify``."""
+        compiled = self.compiled
+        context = Context(self.options.mesh, self.options.rules, self.options.cluster, compiled.plan)
+        passes = (Shard(), *self.options.passes)
+        _, records = run_passes(compiled.program, passes, context, level=level, retrace=compiled.smaller)
+        return records[-1].verdict
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Give the model itself the mode of its parallel view; its submodules are shared and have theirs already."""
+    before = model.training
+    model.__dict__["training"] = training
+    try:
+        yield
+    finally:
+        model.__dict__["training"] = before
+
+
+def _needs_gradient(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    return any(t.requires_grad for t in model.parameters()) or any(t.requires_grad for t in inputs)

@@ -1,0 +1,1 @@
+"""What hocket tells people: tables for a terminal, rows for machines."""
