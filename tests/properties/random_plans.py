@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import operator
 import random
 from collections.abc import Iterator
@@ -16,41 +14,17 @@ from hocket.compiler.cost.cost import Cost
 from hocket.compiler.layout import Layout, Partial, Placement, Replicate, Shard, has_empty_piece
 from hocket.compiler.plan.plan import Certificate, NodePlan, Plan
 from hocket.compiler.program import Program, Role, RoleKind, producer, tensor_inputs, tensor_leaves
-from hocket.compiler.rules.annotations import hocket_annotations
-from hocket.compiler.rules.families import family_rules
-from hocket.compiler.rules.linear import linear_rules
 from hocket.compiler.rules.rule import Rule
-from hocket.compiler.rules.shrink import shrink
-from hocket.compiler.rules.signature import OpSignature, signature_of
-from hocket.compiler.rules.torch_rules import torch_rules
-from hocket.compiler.rules.validate import failure, fits
+from hocket.compiler.rules.table import RuleTable
 from hocket.runtime.mesh import Mesh
 
-
-@functools.lru_cache(maxsize=4096)
-def _rules(signature: OpSignature, parts: int) -> tuple[Rule, ...]:
-    trial = shrink(signature, parts)
-    if isinstance(trial, str):
-        return ()
-    found: dict[tuple[object, object], Rule] = {}
-    for rule in itertools.chain(
-        torch_rules(signature, parts), hocket_annotations(signature), family_rules(signature, parts), linear_rules(signature)
-    ):
-        if (rule.inputs, rule.outputs) not in found and fits(rule, signature, parts) and not failure(trial, rule):
-            found[rule.inputs, rule.outputs] = rule
-    return tuple(found.values())
+TABLE = RuleTable(None)
+"""Shared by all tests of a run, so that an op is judged once."""
 
 
-def rules_of(node: fx.Node, parts: int) -> list[Rule]:
+def rules_of(node: fx.Node, parts: int) -> tuple[Rule, ...]:
     """Every rule of a call, the replicate rule included."""
-    outputs = tuple(Replicate() if isinstance(leaf, torch.Tensor) else None for leaf in tensor_leaves(node.meta["val"]))
-    whole = Rule((Replicate(),) * len(tensor_inputs(node)), outputs, "replicate")
-    if node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
-        return [whole]
-    try:
-        return [whole, *_rules(signature_of(node), parts)]
-    except (RuntimeError, AssertionError, NotImplementedError, IndexError):
-        return [whole]
+    return TABLE.rules(node, parts)
 
 
 def any_placement(value: torch.Tensor, choose: random.Random) -> Placement:
