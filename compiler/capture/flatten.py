@@ -57,14 +57,15 @@ class Flat:
 def flatten(raw: Raw, mode: FakeTensorMode) -> Flat:
     """The flat functional graph of a trace. Raises CaptureError where a closed-over tensor is trained or changed."""
     flat = _ordered(raw, mode)
-    if any(_mutates(node) for node in flat.graph.nodes):
+    if any(mutates(node) for node in flat.graph.nodes):
         flat = _functional(flat, mode)
     flat = _simplified(flat)
     _finish_notes(flat.graph)
     return flat
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """True for an op that changes a tensor in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
@@ -166,7 +167,7 @@ def _functional(flat: Flat, mode: FakeTensorMode) -> Flat:
     results = iter(output_node(traced.graph).args[0])  # type: ignore[arg-type]
     values: list[Any] = [None if missing else next(results) for missing in absent]
     outputs = list(flat.outputs)
-    for node in [n for n in traced.graph.nodes if _mutates(n)]:
+    for node in [n for n in traced.graph.nodes if mutates(n)]:
         _to_update(node, roles, outputs, values)
     output_node(traced.graph).args = (tuple(values),)
     for node, role in roles.items():

@@ -22,11 +22,13 @@ from torch._subclasses import FakeTensorMode
 
 from ..errors import HocketError
 from ..program import Decision, Literal, Program, Role, RoleKind, Signature, check_program
+from .blocks import BlockGroup, find_blocks
 from .failures import FATAL, capture_error, explain
 from .fallback import GraphCall, dynamo_graph, export_graph
 from .flatten import Flat, flatten
 from .leaves import Leaf, check_target, check_tensors, flatten_inputs
 from .lift import ModuleTensors, Snapshot, fake_like, tensors_of
+from .regions import Regions, mark_regions
 from .sizes import name_sizes
 from .sources import SourceFinder
 from .trace import Aim, Raw, Request, Tracer
@@ -90,9 +92,7 @@ class Example:
         first: Exception | None = None
         for name, prepare in _FRONTS:
             try:
-                mode = FakeTensorMode(allow_non_fake_inputs=True)
-                raw = Tracer(prepare(self, mode, aim)).run()
-                flat = flatten(raw, mode)
+                raw, flat, regions = self._trace(prepare, aim)
             except FATAL:
                 raise
             except HocketError:
@@ -102,9 +102,35 @@ class Example:
                 failures.append(explain(error, name))
                 continue
             reason = f"traced with {name}" + "".join(f"; {failure}" for failure in failures)
-            return self._program(raw, flat, named).decided(Decision("capture", "", applied=True, reason=reason))
+            program = self._program(raw, flat, named)
+            return program.decided(Decision("capture", "", applied=True, reason=reason), *regions)
         assert first is not None
         raise capture_error(first, failures[1:]) from first
+
+    def _trace(self, prepare: Prepare, aim: Aim) -> tuple[Raw, Flat, list[Decision]]:
+        """Run one front end, with repeated blocks traced once where that works, else in full."""
+        groups = find_blocks(self.target) if isinstance(self.target, nn.Module) else []
+        decisions = []
+        if groups and aim.regions:
+            try:
+                return self._trace_once(prepare, aim, groups)
+            except FATAL:
+                raise
+            except Exception as error:  # if the blocks are not to blame, the plain trace ends the same way
+                decisions.append(Decision("capture", "", applied=False, reason=f"repeated blocks traced one by one: {error}"))
+        raw, flat, _ = self._trace_once(prepare, dataclasses.replace(aim, regions=False), groups)
+        return raw, flat, decisions
+
+    def _trace_once(self, prepare: Prepare, aim: Aim, groups: list[BlockGroup]) -> tuple[Raw, Flat, list[Decision]]:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        request = prepare(self, mode, aim)
+        regions = Regions(groups, request)
+        if aim.regions and request.module is self.target:
+            request.blocks = regions.install
+        raw = Tracer(request).run()
+        flat = flatten(raw, mode)
+        mark_regions(flat.graph, groups)
+        return raw, flat, regions.decisions()
 
     def request(
         self,

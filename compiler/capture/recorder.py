@@ -30,13 +30,13 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):
     """Sits above make_fx's own mode: sees each ATen op before it becomes a node of ``graph``."""
 
     supports_higher_order_operators = True
 
     def __init__(self, graph: fx.Graph, finder: SourceFinder, random: CounterRandom) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
         self.finder = finder
         self.random = random
@@ -62,8 +62,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _note(self, frame: Any) -> Note:
-        source, module = self.finder.locate(frame)
-        if not in_backward():
+        backward = in_backward()
+        source, module = self.finder.locate(frame, outer=0 if backward else self.finder.outer)
+        if not backward:
             # The node of autograd's graph is created just before its op is dispatched, so its number is the last one given.
             self._by_sequence.setdefault(_last_sequence_number(), (source, module))
             return Note(source=source, module=module)

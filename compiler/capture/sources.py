@@ -46,21 +46,27 @@ class SourceFinder:
     """Finds the user's line and submodule of whatever is running.
 
     modules: id of a submodule -> its qualified name; entry: the code object at which the walk up the stack ends; override: a
-    (source, module) pair that stands for the stack while an already captured graph is run again.
+    (source, module) pair that stands for the stack while an already captured graph is run again. outer: how many entries to pass,
+    for a trace inside a trace.
     """
 
     modules: Mapping[int, str]
     kinds: Mapping[str, str] = field(default_factory=dict)
     entry: set[CodeType] = field(default_factory=set)
     override: tuple[str, str] | None = None
+    outer: int = 0
 
-    def locate(self, frame: FrameType | None) -> tuple[str, str]:
+    def locate(self, frame: FrameType | None, *, outer: int = 0) -> tuple[str, str]:
         """(source, module) of the innermost user frame; empty strings where there is none."""
         if self.override is not None:
             return self.override
         source, module = "", None
-        while frame is not None and frame.f_code not in self.entry:
+        while frame is not None:
             code = frame.f_code
+            if code in self.entry:
+                if not outer:
+                    break
+                outer -= 1
             if not source and is_user_file(code.co_filename):
                 source = line_of(code.co_filename, frame.f_lineno)
             if module is None and code.co_argcount:

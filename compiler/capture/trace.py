@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec
 
 from ..errors import CaptureError
 from ..program import NOTE, Literal, Note, Role, RoleKind
+from ..rules.decompose import exact_decompositions
 from .counter_random import CounterRandom
 from .leaves import check_output, flatten_outputs
 from .lift import holding
@@ -57,7 +58,9 @@ class Request:
     """What to trace.
 
     call: the user's function of ``leaves`` (the INPUT tensors, in order; it rebuilds the tree). module: whose parameters and
-    buffers (real tensors, by id in ``replacements``) are lifted. roles, fakes: of all starting inputs, in order.
+    buffers (real tensors, by id in ``replacements``) are lifted. roles, fakes: of all starting inputs, in order. tangents: tensors
+    whose form the tangent of that name takes, where it is not the output's own. blocks: prepares repeated blocks, once the module
+    holds its fakes.
     """
 
     call: Callable[..., Any]
@@ -68,6 +71,8 @@ class Request:
     mode: FakeTensorMode
     aim: Aim
     finder: SourceFinder = field(default_factory=lambda: SourceFinder({}))
+    tangents: dict[str, torch.Tensor] = field(default_factory=dict)
+    blocks: Callable[[], None] = lambda: None
 
 
 class Tracer:
@@ -87,7 +92,10 @@ class Tracer:
         request = self.request
         request.finder.entry.add(self._step.__func__.__code__)  # type: ignore[attr-defined]
         with _quiet_backends(), request.mode, self.random.generator_state(), torch.autograd.set_multithreading_enabled(False):
-            module = make_fx(lambda *flat: self._step(*flat), _allow_non_fake_inputs=True)(*request.fakes)
+            traced = make_fx(
+                lambda *flat: self._step(*flat), decomposition_table=exact_decompositions(), _allow_non_fake_inputs=True
+            )
+            module = traced(*request.fakes)
         inputs = dict(self.added)
         starting = iter(request.roles)
         for node in module.graph.nodes:
@@ -115,6 +123,7 @@ class Tracer:
         recorder = Recorder(proxy_mode.tracer.graph, request.finder, self.random)
         inputs = [t for t, role in zip(flat, request.roles, strict=True) if role.kind is RoleKind.INPUT]
         with holding(request.module, request.replacements), recorder, torch.set_grad_enabled(request.aim.train):
+            request.blocks()
             result = request.call(*inputs)
             loss = request.aim.loss_of(result) if request.aim.loss_of else None
             values = self._name_outputs(result, loss)
@@ -148,9 +157,15 @@ class Tracer:
             return [None] * len(wanted)
         tangents = None
         if loss is None:
-            tangents = [self.new_input(Role(RoleKind.TANGENT, name), torch.empty_like, value.detach()) for value, name in sources]
+            tangents = [self._new_tangent(name, value) for value, name in sources]
         gradients = torch.autograd.grad([v for v, _ in sources], [t for t, _ in wanted], tangents, allow_unused=True)
         return list(gradients)
+
+    def _new_tangent(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        role, form = Role(RoleKind.TANGENT, name), self.request.tangents.get(name)
+        if form is None:
+            return self.new_input(role, torch.empty_like, output.detach())
+        return self.new_input(role, torch.empty_strided, form.shape, form.stride(), dtype=form.dtype, device=form.device)
 
     def _reassigned_buffers(self, flat: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """New values of buffers that the forward pass replaced (``self.count = self.count + 1``) instead of changing in place."""
