@@ -8,6 +8,10 @@ divided by a sum both parts are partial sums over the batch, and only two scalar
     mean loss, backward:                               dL/dx = dL/dy f'(x, t) / n,       n the number of *all* elements
 
 As one op a piece would divide by the number of its own elements. Decomposed, n is a constant of the whole.
+
+    weight norm:    w = v g / |v|,    with s = sum v dL/dw:    dL/dg = s / |v|,    dL/dv = g / |v| (dL/dw - v s / |v|^2)
+
+The fused kernel checks no sizes, so that no rule of it can be tried on pieces; written out, every way of cutting it is known.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ WITHOUT_EXACT_RULE = (
     aten.binary_cross_entropy_backward,
     aten.soft_margin_loss,
     aten.soft_margin_loss_backward,
+    aten._weight_norm_interface,
 )
 
 
@@ -41,4 +46,15 @@ def exact_decompositions() -> dict[Any, Callable[..., Any]]:
 
     ``nll_loss_backward`` needs none: it is given the total weight.
     """
-    return dict(get_decompositions(list(WITHOUT_EXACT_RULE)))
+    return {
+        **get_decompositions(list(WITHOUT_EXACT_RULE)),
+        aten._weight_norm_interface_backward.default: _weight_norm_backward,
+    }
+
+
+def _weight_norm_backward(
+    grad_w: torch.Tensor, v: torch.Tensor, g: torch.Tensor, norms: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    others = [d for d in range(v.dim()) if d != dim]
+    along = (v * grad_w).sum(others, keepdim=True)
+    return g / norms * (grad_w - v * (along / norms.square())), along / norms

@@ -22,7 +22,20 @@ MAX_TENSORS = 6
 MAX_COMBINATIONS = 250
 """Budget of one op: about a tenth of a second."""
 
-UNSAFE_WORDS = ("scaled_dot_product", "flash", "mkldnn", "rnn", "lstm", "gru", "cudnn", "sparse", "quantize", "max_unpool", "_pool")
+UNSAFE_WORDS = (
+    "scaled_dot_product",
+    "flash",
+    "mkldnn",
+    "rnn",
+    "lstm",
+    "gru",
+    "cudnn",
+    "sparse",
+    "quantize",
+    "max_unpool",
+    "_pool",
+    "weight_norm",
+)
 """Native kernels that trust their inputs: never run on combinations that nobody vouches for."""
 
 
