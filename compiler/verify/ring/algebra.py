@@ -162,6 +162,10 @@ class Algebra:
         for value, number in ((x, y), (y, x)):
             if isinstance(value, RingTensor) and value.factor is not None and isinstance(number, (int, float)):
                 return self._scaled(value, number, self.lift(number))
+            if isinstance(value, RingTensor) and isinstance(number, (int, float)) and math.isfinite(number):
+                element = self.ring.constant(read(number))
+                if not bool(element[2:].any()):
+                    return RingTensor(self.ring.scale(value.data, element), None, value.loose, value.dtype)
         a, b = self.pair(self._number(x), self._number(y))
         a, b = self.settle(a), self.settle(b)
         return RingTensor(self.ring.mul(a.data, b.data), None, a.loose or b.loose, self.dtype_of(x, y))
@@ -210,6 +214,8 @@ class Algebra:
             inverse = self.ring.inverse(self.ring.constant(read(y))[:, None])[:, 0]
             if isinstance(x, RingTensor) and x.factor is not None:
                 return self._scaled(x, 1 / y, RingTensor(inverse))
+            if isinstance(x, RingTensor) and not bool(inverse[2:].any()):
+                return RingTensor(self.ring.scale(x.data, inverse), None, x.loose, x.dtype)
             return self.mul(x, RingTensor(inverse))
         return self.mul(x, self.reciprocal(y))
 

@@ -3,8 +3,8 @@
     E(u, v) = (omega^<t,v>, zeta^u)        E(x + y) = E(x) E(y)
 
 Both components of E are non-trivial, so exponentials may be nested to any depth. An array of ring elements is an int64 tensor
-``[4, *shape]``: row 0 is u mod r, rows 1..3 are the coefficients of v mod p. p < 2^11 and r < 2^22, so products of entries are below
-2^44 and sums of 512 of them are exact in float64: matrix products go through BLAS.
+``[4, *shape]``: row 0 is u mod r, rows 1..3 are the coefficients of v mod p. p < 2^11 and r < 2^22, so products of entries are
+below 2^44 and sums of 512 of them are exact in float64: matrix products go through BLAS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sympy
 import torch
 
 from .literals import Literal
-from .tables import Tables, load_tables, odd_root_exponent
+from .tables import Tables, load_tables
 
 _EXACT_TERMS = 512  # 2^9 products of two numbers below 2^22 stay below 2^53
 _LIMB = 1 << 11
@@ -71,6 +71,12 @@ class Ring:
         )
         return product.remainder_(self._moduli[product.dim() - 1])
 
+    def scale(self, x: torch.Tensor, rational: torch.Tensor) -> torch.Tensor:
+        """x times the image of a rational number, ``[4]`` with zeros in the last two places."""
+        u, v = rational[0], rational[1]
+        factors = torch.stack((u, v, v, v)).view(4, *([1] * (x.dim() - 1)))
+        return (x * factors).remainder_(self._moduli[x.dim() - 1])
+
     def _mul_v(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         c3 = x[1] * y[2] + x[2] * y[1]
         c4 = x[2] * y[2]
@@ -93,7 +99,7 @@ class Ring:
     def bilinear(
         self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, y: torch.Tensor, terms: int
     ) -> torch.Tensor:
-        """Lift a real bilinear map (such as a convolution), given on float64 tensors, to the ring; each entry sums <= ``terms`` products."""
+        """Lift a real bilinear map (such as a convolution), given on float64 tensors; an entry sums at most ``terms`` products."""
         u = self._u_product(function, x[0], y[0], terms)
         xs, ys = [c.double() for c in x[1:]], [c.double() for c in y[1:]]
         parts = [[function(a, b).long().remainder_(self.p) for b in ys] for a in xs]
@@ -152,7 +158,8 @@ class Ring:
     # ---- inverses, roots, signs --------------------------------------------------------------------------------------------
 
     def _linear(self, matrix: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.tensordot(matrix, v, dims=([1], [0])).remainder_(self.p)
+        product: torch.Tensor = torch.tensordot(matrix, v, dims=([1], [0]))
+        return product.remainder_(self.p)
 
     def _adjoint(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The product of the two conjugates of v, and the norm of v in F_p."""
@@ -172,12 +179,31 @@ class Ring:
 
     def sign(self, x: torch.Tensor) -> torch.Tensor:
         """-1, 0 or 1: the quadratic character of the norm of v. sign(xy) = sign(x) sign(y), sign(-x) = -sign(x) as p = 3 mod 4."""
-        return self._legendre[self._adjoint(x[1:])[1]]
+        signs: torch.Tensor = self._legendre[self._adjoint(x[1:])[1]]
+        return signs
 
     def sqrt(self, x: torch.Tensor) -> torch.Tensor:
         """A multiplicative map s with s(x)^2 = x on the elements of odd order: s(xy) = s(x) s(y), s(1/x) = 1/s(x)."""
-        v = self.power(x, odd_root_exponent(self.p**3 - 1))[1:]
-        return torch.cat((self.tables.root[x[0]].long()[None], v))
+        # (p^3 + 1) / 4 = (p^2 - p + 1) (p + 1) / 4 as p = 3 mod 4, and v^(p^2) v / v^p costs two Frobenius maps and the norm
+        v = x[1:]
+        once, twice = self._linear(self._frobenius, v), self._linear(self._frobenius_twice, v)
+        adjoint = self._mul_v(once, twice)
+        norm = (v[0] * adjoint[0] + self._b * (v[1] * adjoint[2] + v[2] * adjoint[1])).remainder_(self.p)
+        inverse_once = (self._mul_v(twice, v) * self._inverse_p[norm]).remainder_(self.p)  # 1 / v^p
+        ratio = self._mul_v(self._mul_v(twice, v), inverse_once)
+        root = self._power_v(ratio, (self.p + 1) // 4)
+        return torch.cat((self.tables.root[x[0]].long()[None], root))
+
+    def _power_v(self, v: torch.Tensor, exponent: int) -> torch.Tensor:
+        """Positive powers in GF(p^3)."""
+        result: torch.Tensor | None = None
+        while True:
+            if exponent & 1:
+                result = v if result is None else self._mul_v(result, v)
+            exponent >>= 1
+            if not exponent:
+                return v if result is None else result
+            v = self._mul_v(v, v)
 
     # ---- exponential and logarithm -----------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """How likely a differing entry was missed.
 
-Rational programs (+, -, x, / and rearrangements only): the difference of one entry is a quotient of polynomials of total degree <= D in
+Rational programs (+, -, x, / and rearrangements only): the difference of one entry is a quotient of polynomials of degree <= D in
 the inputs. If it does not vanish mod r and mod p, a random point of F_r hides it with probability <= D/r and one of GF(p^3) with
 <= D/p^3 (Schwartz 1980, Zippel 1979); the two are independent, and so are draws. D is computed below by the schoolbook rules
 
@@ -28,14 +28,12 @@ aten = torch.ops.aten
 Degree = tuple[int, int]
 """Of numerator and denominator."""
 
-_MOVES = {
-    getattr(aten, name)
-    for name in (
-        "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select cat stack split split_with_sizes unbind "
-        "clone detach alias _to_copy constant_pad_nd flip roll repeat tril triu slice_backward select_backward embedding gather index "
-        "index_select neg where masked_fill copy lift_fresh_copy"
-    ).split()
-}
+_MOVE_NAMES = """
+view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select cat stack split split_with_sizes
+unbind clone detach alias _to_copy constant_pad_nd flip roll repeat tril triu slice_backward select_backward embedding
+gather index index_select neg where masked_fill copy lift_fresh_copy
+"""
+_MOVES = {getattr(aten, name) for name in _MOVE_NAMES.split()}
 _SUMS = {aten.sum, aten.mean, aten.cumsum}
 _PRODUCTS = {aten.mm, aten.bmm}
 
@@ -117,5 +115,5 @@ def _repeated(a: Degree, terms: int) -> Degree:
 def _terms(node: fx.Node) -> int:
     source, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     if node.target.overloadpacket is aten.cumsum:  # type: ignore[union-attr]
-        return int(source.shape[node.args[1]]) if source.dim() else 1  # type: ignore[index]
+        return int(source.shape[node.args[1]]) if source.dim() else 1
     return int(source.numel() // max(int(result.numel()), 1))

@@ -1,8 +1,8 @@
 """Canonical forms of expressions with square roots.
 
 The ring's root map s is multiplicative, but s(x)^2 = x holds only for some x (every finite field of odd order has non-squares). So
-equal real expressions that square a root may differ in the ring; ``compare`` then tries again on canonical forms. Every rewrite below is
-an identity for positive x, so equality of the canonical forms proves equality of the programs.
+equal real expressions that square a root may differ in the ring; ``compare`` then tries again on canonical forms. Every rewrite
+below is an identity for positive x, so equality of the canonical forms proves equality of the programs.
 
     sqrt(x) sqrt(x), sqrt(x)^2          ->  x
     norm(x)^2                           ->  sum(x x)

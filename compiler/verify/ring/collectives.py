@@ -32,7 +32,7 @@ class Meeting:
 
 
 def run_collective(meeting: Meeting) -> list[Value]:
-    """Results per rank. Raises CollectiveMismatch where the members of a group disagree, UnsupportedError for an unknown collective."""
+    """Results per rank. Raises CollectiveMismatch where members of a group disagree, UnsupportedError for an unknown one."""
     if meeting.target is c10d.wait_tensor.default:
         return [arguments[0] for arguments in meeting.arguments]
     function = _MEANINGS.get(meeting.target)
@@ -126,7 +126,7 @@ def all_to_all(alg: Algebra, group: Group) -> list[Value]:
     return [_cat(alg, [parts[index] for parts in sent]) for index in range(len(group))]
 
 
-def broadcast(alg: Algebra, group: Group) -> list[Value]:
+def broadcast(_: Algebra, group: Group) -> list[Value]:
     """(input, source, group): the source is an index on the axis."""
     _agree(group)
     return [group[group[0][1]][0]] * len(group)

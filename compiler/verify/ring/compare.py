@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ....runtime.mesh import Mesh
-from ...errors import HocketError, InputError, UnsupportedError
+from ...errors import CollectiveMismatch, HocketError, InputError, UnsupportedError, VerificationError
 from ...layout import Layout, replicated
 from ...program import Program, Role, note
 from .algebra import Algebra
@@ -69,7 +69,7 @@ def compare(
         return session.decide(chosen, seeds)
     except UnsupportedError as error:
         return RingVerdict(Status.UNSUPPORTED, reason=str(error), rings=chosen)
-    except InputError as error:
+    except (InputError, VerificationError, CollectiveMismatch) as error:
         return RingVerdict(Status.DIFFERENT, reason=str(error), rings=chosen)
 
 
@@ -157,13 +157,13 @@ def evaluate(
     by_rank = [[piece[rank] for piece in pieces] for rank in range(mesh.size)]
     outputs = interpret_ranks([program.graph], by_rank, mesh, algebra, watch=watch, extensions=extensions)
     result: dict[Role, Value] = {}
-    for position, (role, node) in enumerate(zip(program.signature.outputs, program.results, strict=True)):
+    for position, (role, made) in enumerate(zip(program.signature.outputs, program.results, strict=True)):
         held = [output[position] for output in outputs]
-        if node is None or not hasattr(held[0], "shape"):
+        if made is None or not hasattr(held[0], "shape"):
             result[role] = held[0]
             continue
         try:
-            result[role] = assemble_value(algebra, held, _layout(program, node), mesh)
+            result[role] = assemble_value(algebra, held, _layout(program, made), mesh)
         except ReplicasDiffer as clash:
             result[role] = clash
     return result

@@ -22,21 +22,21 @@ class RingArray(torch.Tensor):
     algebra: Algebra
 
     @staticmethod
-    def __new__(cls, value: RingTensor, algebra: Algebra, *, requires_grad: bool = False) -> RingArray:
-        array: RingArray = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls: type[RingArray], value: RingTensor, algebra: Algebra, *, requires_grad: bool = False) -> RingArray:
+        array: RingArray = torch.Tensor._make_wrapper_subclass(
             cls, tuple(value.shape), dtype=value.dtype, requires_grad=requires_grad
         )
         array.ring_value = value
         array.algebra = algebra
         return array
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RingArray(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],

@@ -1,7 +1,7 @@
 """Inputs to evaluate programs on: random ring elements for floats, valid random integers, true values for constants.
 
-The range of an integer input is read off its uses: the rows of an embedding, the size of a gathered dimension, the classes of a loss.
-One that is used as no index gets 0 and 1 (masks). The first entry along the last dimension of a mask is on, so that no row is
+The range of an integer input is read off its uses: the rows of an embedding, the size of a gathered dimension, the classes of a
+loss. One that is used as no index gets 0 and 1 (masks). The first entry along the last dimension of a mask is on, so that no row is
 masked altogether.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,14 +33,12 @@ class Range:
 
 _MASK = Range(2)
 
-_PASSES_ON = {
-    packet
-    for name in (
-        "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select clone alias detach _to_copy cat stack "
-        "constant_pad_nd where masked_fill copy slice_scatter select_scatter flip roll split split_with_sizes unbind repeat contiguous"
-    ).split()
-    for packet in (getattr(aten, name),)
-}
+_PASSING_NAMES = """
+view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select clone alias detach _to_copy cat
+stack constant_pad_nd where masked_fill copy slice_scatter select_scatter flip roll split split_with_sizes unbind
+repeat contiguous
+"""
+_PASSES_ON = {getattr(aten, name) for name in _PASSING_NAMES.split()}
 
 
 def draw_inputs(original: Program, transformed: Program, algebra: Algebra, seed: int) -> dict[Role, Value]:
@@ -97,7 +95,7 @@ def index_ranges(program: Program) -> dict[fx.Node, Range]:
         val = node.meta.get("val")
         if not isinstance(val, torch.Tensor) or val.is_floating_point() or val.dtype == torch.bool:
             continue
-        uses = list(_uses(node, 0, set()))
+        uses = list(_uses(_Trail(node), set()))
         if not uses:
             continue
         ignored = {use.ignored for use in uses}
@@ -105,24 +103,51 @@ def index_ranges(program: Program) -> dict[fx.Node, Range]:
     return result
 
 
-def _uses(node: fx.Node, offset: int, seen: set[tuple[fx.Node, int]]) -> Iterator[Range]:
-    """Ranges demanded by the uses of ``node``, whose values are those of the input plus ``offset``."""
-    if (node, offset) in seen:
+@dataclass(frozen=True)
+class _Trail:
+    """A node whose values are those of the input plus ``offset``, where they are not ``ignored``."""
+
+    node: fx.Node
+    offset: int = 0
+    ignored: int | None = None
+
+
+def _uses(trail: _Trail, seen: set[_Trail]) -> Iterator[Range]:
+    """Ranges demanded by the uses of a node as an index."""
+    if trail in seen:
         return
-    seen.add((node, offset))
+    seen.add(trail)
+    node = trail.node
     for user in node.users:
         if user.op != "call_function":
             continue
         packet = getattr(user.target, "overloadpacket", user.target)
         limit = _index_limit(packet, user, node)
         if limit is not None:
-            yield Range(limit - offset, _ignored(packet, user))
+            yield Range(limit - trail.offset, _ignored(packet, user, trail))
         elif packet in (aten.add, aten.sub) and len(user.args) == 2 and isinstance(user.args[1], int):
-            yield from _uses(user, offset + user.args[1] * (1 if packet is aten.add else -1), seen)
-        elif packet in _PASSES_ON and not (packet in (aten.where, aten.masked_fill) and _is_condition(user, node)):
-            yield from _uses(user, offset, seen)
-        elif not isinstance(user.target, torch._ops.OpOverload):  # getitem of a split
-            yield from _uses(user, offset, seen)
+            shift = user.args[1] if packet is aten.add else -user.args[1]
+            yield from _uses(replace(trail, node=user, offset=trail.offset + shift), seen)
+        elif not isinstance(user.target, torch._ops.OpOverload) or _passes_on(
+            packet, user, node
+        ):  # getitem of a split passes on too
+            left_out = _left_out(packet, user, node)
+            yield from _uses(replace(trail, node=user, ignored=trail.ignored if left_out is None else left_out), seen)
+
+
+def _left_out(packet: Any, user: fx.Node, node: fx.Node) -> int | None:
+    """c in ``where(node != c, node, safe)``, the form of a loss that ignores a target."""
+    if packet is not aten.where or user.args[1] is not node:
+        return None
+    condition = user.args[0]
+    if isinstance(condition, fx.Node) and condition.target is aten.ne.Scalar and condition.args[0] is node:
+        return int(condition.args[1])  # type: ignore[arg-type]
+    return None
+
+
+def _passes_on(packet: Any, user: fx.Node, node: fx.Node) -> bool:
+    """Whether the result of ``user`` holds the values of ``node``."""
+    return packet in _PASSES_ON and not (packet in (aten.where, aten.masked_fill) and _is_condition(user, node))
 
 
 def _is_condition(user: fx.Node, node: fx.Node) -> bool:
@@ -130,8 +155,10 @@ def _is_condition(user: fx.Node, node: fx.Node) -> bool:
     return user.args[place] is node
 
 
-def _ignored(packet: Any, user: fx.Node) -> int | None:
-    return int(user.args[4]) if packet is aten.nll_loss_forward else None  # type: ignore[arg-type]
+def _ignored(packet: Any, user: fx.Node, trail: _Trail) -> int | None:
+    if packet in (aten.nll_loss_forward, aten.nll_loss_backward):
+        return int(user.args[4 if packet is aten.nll_loss_forward else 5])  # type: ignore[arg-type]
+    return trail.ignored
 
 
 def _index_limit(packet: Any, user: fx.Node, node: fx.Node) -> int | None:
@@ -141,6 +168,8 @@ def _index_limit(packet: Any, user: fx.Node, node: fx.Node) -> int | None:
         return _size(args[0], 0)
     if packet is aten.nll_loss_forward and args[1] is node:
         return _size(args[0], 1 if args[0].meta["val"].dim() > 1 else 0)  # type: ignore[union-attr]
+    if packet is aten.nll_loss_backward and args[2] is node:
+        return _size(args[1], 1 if args[1].meta["val"].dim() > 1 else 0)  # type: ignore[union-attr]
     if packet in (aten.gather, aten.index_select, aten.scatter, aten.scatter_add, aten.index_add) and args[2] is node:
         return _size(args[0], args[1])
     if packet in (aten.index, aten.index_put) and node in args[1]:  # type: ignore[operator]

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from ....runtime.mesh import Mesh
-from ...errors import CollectiveMismatch, InputError, UnsupportedError
+from ...errors import CollectiveMismatch, InputError, UnsupportedError, VerificationError
 from ...layout import coordinate
 from ...program import note, output_node
 from .algebra import Algebra
@@ -23,7 +23,9 @@ from .evaluate import apply
 from .value import Value
 
 Extension = Callable[[Algebra, fx.Node, list[tuple[Any, ...]], Mesh], list[Value]]
-"""Meaning of an op that joins ranks and that the interpreter does not know (point-to-point): per-rank arguments to per-rank results."""
+"""Meaning of an op that joins ranks and that the interpreter does not know (point-to-point): arguments to results, per rank."""
+
+_KERNEL_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError)
 
 Watch = Callable[[fx.Node, list[Value]], None]
 """Called with every node and its value on each rank."""
@@ -70,17 +72,19 @@ class _Lockstep:
     algebra: Algebra
     watch: Watch | None
     extensions: Mapping[Any, Extension]
+    size: int = field(init=False)
     positions: list[dict[str, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.positions = [self.mesh.coordinate(rank) for rank in range(self.mesh.size)]
+        self.size = self.mesh.size
+        self.positions = [self.mesh.coordinate(rank) for rank in range(self.size)]
 
     # ---- one graph for all ranks -------------------------------------------------------------------------------------------
 
     def shared(self, graph: fx.Graph, inputs: Sequence[Sequence[Value]]) -> list[list[Value]]:
         last_use = _last_uses(graph)
         values: dict[fx.Node, list[Value]] = {}
-        ranks = range(self.mesh.size)
+        ranks = range(self.size)
         feed = [iter(given) for given in inputs]
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -102,22 +106,24 @@ class _Lockstep:
             )
         try:
             if self._joins_ranks(node):
-                return self._meet([node] * self.mesh.size, [_arguments(node, values, rank) for rank in range(self.mesh.size)])
+                return self._meet([node] * self.size, [_arguments(node, values, rank) for rank in range(self.size)])
             if node.target is coordinate:
                 return [position[node.args[0]] for position in self.positions]  # type: ignore[index]
-            if self.mesh.size == 1 or _same_on_all(node, values):
+            if self.size == 1 or _same_on_all(node, values):
                 args, kwargs = _arguments(node, values, 0)
-                return [apply(self.algebra, node.target, args, kwargs)] * self.mesh.size
+                return [apply(self.algebra, node.target, args, kwargs)] * self.size
             results: list[Value] = []
             done: dict[tuple[int, ...], Value] = {}
-            for rank in range(self.mesh.size):
+            for rank in range(self.size):
                 key = tuple(id(values[source][rank]) for source in node.all_input_nodes)
                 if key not in done:
                     args, kwargs = _arguments(node, values, rank)
                     done[key] = apply(self.algebra, node.target, args, kwargs)
                 results.append(done[key])
         except UnsupportedError as error:
-            raise UnsupportedError(f"{error} [node {node.name} at {note(node).source or 'unknown source'}]") from error
+            raise UnsupportedError(f"{error} [{_where(node)}]") from error
+        except _KERNEL_ERRORS as error:
+            raise VerificationError(f"the program cannot be executed: {error} [{_where(node)}]") from error
         return results
 
     def _joins_ranks(self, node: fx.Node) -> bool:
@@ -132,7 +138,7 @@ class _Lockstep:
     # ---- one graph a rank --------------------------------------------------------------------------------------------------
 
     def separate(self, graphs: Sequence[fx.Graph], inputs: Sequence[Sequence[Value]]) -> list[list[Value]]:
-        """Run every rank to its next meeting, hold the meeting, go on. All ranks meet at once: a rank that meets alone is an error."""
+        """Run every rank to its next meeting, hold the meeting, go on. All ranks meet at once."""
         walkers = [_Walker(list(graph.nodes), iter(given)) for graph, given in zip(graphs, inputs, strict=True)]
         while True:
             waiting = [self._advance(walker, rank) for rank, walker in enumerate(walkers)]
@@ -181,7 +187,11 @@ class _Walker:
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The node's arguments with values in place of nodes."""
         result = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
-        return result  # type: ignore[return-value]
+        return result
+
+
+def _where(node: fx.Node) -> str:
+    return f"node {node.name} at {note(node).source or 'unknown source'}"
 
 
 def _is_wait(node: fx.Node) -> bool:
@@ -207,7 +217,7 @@ def _resolve(item: Any, values: Mapping[fx.Node, list[Value]], rank: int) -> Val
 
 def _arguments(node: fx.Node, values: Mapping[fx.Node, list[Value]], rank: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     result = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n][rank])
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _same_on_all(node: fx.Node, values: Mapping[fx.Node, list[Value]]) -> bool:

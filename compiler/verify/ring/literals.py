@@ -45,7 +45,7 @@ class Literal:
 
 @functools.lru_cache(maxsize=65536)
 def read(value: float, *, single: bool = False) -> Literal:
-    """The exact reading of a finite number. single: the value was stored in 32 bits or less, so its decimals are those of a float32."""
+    """The exact reading of a finite number. single: stored in 32 bits or less, so it has the decimals of a float32."""
     if isinstance(value, (bool, int)):
         return Literal(Fraction(int(value)))
     if value < 0:

@@ -1,8 +1,8 @@
 """Where two programs part: the first node of the transformed one whose value is no piece of the value it stands for.
 
 Values are exact, so relations can be *read off* them without rules: a node's values on the ranks are tested for being the original
-node's value replicated (R), summed (P) or concatenated along a dimension (S(d)), axis by axis. A node that matches none of these, and
-from which an unbroken line of such nodes leads to a wrong output, is where the error enters.
+node's value replicated (R), summed (P) or concatenated along a dimension (S(d)), axis by axis. A node that matches none of these,
+and from which an unbroken line of such nodes leads to a wrong output, is where the error enters.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Divergence:
         maker = f", made by {self.added_by}" if self.added_by else ""
         return (
             f"{self.node}{maker} (at {self.source or 'unknown source'}) stands for {self.original} "
-            f"(at {self.original_source or 'unknown source'}) but on {self.ranks} ranks is neither that value, nor a sum, nor a piece of it"
+            f"(at {self.original_source or 'unknown source'}) but on {self.ranks} ranks is neither "
+            "that value, nor a sum, nor a piece of it"
         )
 
 
@@ -126,7 +127,7 @@ def _joined(algebra: Algebra, values: list[Value], whole: Value, sizes: list[int
     groups = [values[start : start + parts] for start in range(0, len(values), parts)]
     if all(value is group[0] or same(algebra, group[0], value) for group in groups for value in group):
         yield from _joined(algebra, [group[0] for group in groups], whole, sizes[:-1])
-    if parts == 1 or len({tuple(value.shape)[1:] for value in values}) > 1 and len({len(value.shape) for value in values}) > 1:
+    if parts == 1 or (len({tuple(value.shape)[1:] for value in values}) > 1 and len({len(value.shape) for value in values}) > 1):
         return
     if all(value.shape == group[0].shape for group in groups for value in group) and _may_sum(values):
         yield from _joined(algebra, [reduce_values(algebra, group, "sum") for group in groups], whole, sizes[:-1])

@@ -1,4 +1,4 @@
-"""The op table: what each ATen op means over the ring. The trusted base of the proof, so it is data in one place and tested as such.
+"""The op table: what each ATen op means over the ring. It is the trusted base of the proof: data in one place, tested as such.
 
 An op that is not here is not guessed at: the interpreter raises UnsupportedError.
 """

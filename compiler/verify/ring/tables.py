@@ -3,8 +3,8 @@
     r = p^2 + p + 1 and p both prime  =>  p | r - 1  and  r | p^3 - 1
 
 so F_r* holds an element ``omega`` of order p and GF(p^3)* an element ``zeta`` of order r: exponentials can run in a cycle (see
-``arithmetic``). GF(p^3) is F_p[x] / (x^3 - a x - b). The pairs of ``PRIMES`` also make 2 and 3 fourth powers in both fields, so that
-literals such as 1/sqrt(64) or 32**-0.25 (attention scales) have true roots, and p = 3 mod 4, so that -1 is not a square in GF(p^3).
+``arithmetic``). GF(p^3) is F_p[x] / (x^3 - a x - b). The pairs of ``PRIMES`` also make 2 and 3 fourth powers in both fields, so
+that literals such as 32**-0.5 or 32**-0.25 (attention scales) have true roots, and p = 3 mod 4, so that -1 is no square in GF(p^3).
 """
 
 from __future__ import annotations
@@ -103,8 +103,10 @@ def powers(base: int, count: int, modulus: int) -> torch.Tensor:
 def check_pair(p: int) -> int:
     """r for a usable p; ValueError otherwise."""
     r = p * p + p + 1
-    if not (2 < p < 2048 and sympy.isprime(p) and sympy.isprime(r)):
-        raise ValueError(f"the ring needs p and p^2+p+1 prime and p < 2048 (exact products in float64); found p = {p}")
+    if not (2 < p < 2048 and p % 4 == 3 and sympy.isprime(p) and sympy.isprime(r)):
+        raise ValueError(
+            f"the ring needs p and p^2+p+1 prime and p < 2048 (exact products in float64) and p = 3 mod 4 (signs); found p = {p}"
+        )
     return r
 
 
@@ -156,7 +158,7 @@ def _checksum(stored: np.ndarray) -> int:
 
 
 def _write(path: Path, stored: np.ndarray) -> None:
-    """Through a temporary file and a rename, so that no reader ever sees half a table. A cache that cannot be written costs only time."""
+    """Through a temporary file and a rename, so that no reader ever sees half a table. An unwritable cache only costs time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")

@@ -2,9 +2,9 @@
 
     value  =  data + log(factor)          factor absent: 1;  factor 0: the value is -inf
 
-The optional logarithmic part keeps log, logsumexp, log_softmax and -inf masks exact: exp(a + log b) = E(a) b. When such a value meets
-a non-linear operation its logarithmic part is *settled*: replaced by the discrete logarithm in the ring, which is defined only modulo
-the kernel of E, so the result is marked ``loose`` and compared modulo that kernel.
+The optional logarithmic part keeps log, logsumexp, log_softmax and -inf masks exact: exp(a + log b) = E(a) b. When such a value
+meets a non-linear operation its logarithmic part is *settled*: replaced by the discrete logarithm in the ring, which is defined
+only modulo the kernel of E, so the result is marked ``loose`` and compared modulo that kernel.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class RingTensor:
         missing = ndim - self.ndim
         if missing <= 0:
             return self
-        return self.map(lambda t: t.reshape(4, *([1] * missing), *t.shape[1:]))
+        result = self.map(lambda t: t.reshape(4, *([1] * missing), *t.shape[1:]))
+        if self.known is not None:
+            result.known = self.known.reshape(*([1] * missing), *self.known.shape)
+        return result
 
 
 Value = Any

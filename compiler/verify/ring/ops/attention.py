@@ -112,7 +112,7 @@ def cpu_flash(
     k: RingTensor,
     v: RingTensor,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002
+    is_causal: bool = False,
     attn_mask: Value = None,
     scale: float | None = None,
 ) -> Any:
@@ -130,7 +130,7 @@ def cpu_flash_backward(
     out: RingTensor,
     lse: RingTensor,
     dropout_p: float,
-    is_causal: bool,  # noqa: FBT001
+    is_causal: bool,
     attn_mask: Value = None,
     scale: float | None = None,
 ) -> Any:
@@ -145,8 +145,8 @@ def cuda_flash(
     k: RingTensor,
     v: RingTensor,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002
-    return_debug_mask: bool = False,  # noqa: FBT001, FBT002
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
     scale: float | None = None,
 ) -> Any:
     """_scaled_dot_product_flash_attention: (out, lse, two offsets, two lengths, two random states, debug mask)."""
@@ -179,9 +179,9 @@ def efficient(
     k: RingTensor,
     v: RingTensor,
     attn_bias: Value,
-    compute_log_sumexp: bool,  # noqa: FBT001
+    compute_log_sumexp: bool,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002
+    is_causal: bool = False,
     scale: float | None = None,
 ) -> Any:
     """_scaled_dot_product_efficient_attention: (out, lse padded to a multiple of 32 rows, two random states)."""
@@ -229,10 +229,10 @@ def cudnn(
     k: RingTensor,
     v: RingTensor,
     attn_bias: Value,
-    compute_log_sumexp: bool,  # noqa: FBT001
+    compute_log_sumexp: bool,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002
-    return_debug_mask: bool = False,  # noqa: FBT001, FBT002
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
     scale: float | None = None,
 ) -> Any:
     """_scaled_dot_product_cudnn_attention: lse has a trailing dimension of size 1."""
@@ -267,9 +267,9 @@ def composite(
     v: RingTensor,
     attn_mask: Value = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002
+    is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: FBT001, FBT002
+    enable_gqa: bool = False,
 ) -> RingTensor:
     """scaled_dot_product_attention; rows without any unmasked key give zeros, as torch's own."""
     _no_dropout(dropout_p)

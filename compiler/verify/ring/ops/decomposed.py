@@ -52,7 +52,6 @@ DECOMPOSED_OPS: tuple[Any, ...] = (
     aten.logical_and.default,
     aten.logical_or.default,
     aten.heaviside.default,
-    aten.special_log_softmax.default,
 )
 
 

@@ -72,8 +72,7 @@ def by_double(op: Any) -> Callable[..., Value]:
     """arange, linspace, eye: made in float64 and read exactly."""
 
     def apply(alg: Algebra, *arguments: Any, dtype: torch.dtype | None = None, **options: Any) -> Value:
-        plain = op(*arguments) if dtype is None else None
-        chosen = plain.dtype if plain is not None else dtype
+        chosen: torch.dtype = op(*arguments).dtype if dtype is None else dtype
         if not chosen.is_floating_point:
             return op(*arguments, dtype=chosen)
         return alg.lift(op(*arguments, dtype=torch.float64), chosen)

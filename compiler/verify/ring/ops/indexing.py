@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ....errors import UnsupportedError
 from ..algebra import Algebra
 from ..value import RingTensor, Value
 from .views import by_rows, by_rows_filling
@@ -49,7 +50,7 @@ def embedding_dense_backward(
     indices: torch.Tensor,
     rows: int,
     padding: int,
-    scale_by_frequency: bool,  # noqa: FBT001
+    scale_by_frequency: bool,
 ) -> RingTensor:
     """Sum of the gradients of each row; rows of the padding index get none."""
     grad = alg.settle(grad)
@@ -64,7 +65,7 @@ def embedding_dense_backward(
     return result
 
 
-def index_put(alg: Algebra, x: Value, indices: Index, values: Value, accumulate: bool = False) -> RingTensor:  # noqa: FBT001, FBT002
+def index_put(alg: Algebra, x: Value, indices: Index, values: Value, accumulate: bool = False) -> RingTensor:
     """x with values written, or added, at the indices."""
     target, source = alg.lift(x), alg.lift(values)
     if accumulate:
@@ -83,11 +84,15 @@ def index_copy(alg: Algebra, x: Value, dim: int, indices: torch.Tensor, source: 
     return _selected(alg, lambda a, b: a.index_copy(dim, indices, b), alg.lift(x), alg.lift(source))
 
 
-def scatter(alg: Algebra, x: Value, dim: int, indices: torch.Tensor, source: Value) -> RingTensor:
-    """scatter of a tensor or a number."""
+def scatter(alg: Algebra, x: Value, dim: int, indices: torch.Tensor, source: Value, reduce: str = "") -> RingTensor:
+    """scatter of a tensor or a number; reduce: "" or "add"."""
     value = alg.lift(source)
+    if reduce not in ("", "add"):
+        raise UnsupportedError(f"unsupported(scatter with reduce={reduce!r})")
     if value.ndim == 0:
         value = value.map(lambda t: t.view(4, *([1] * indices.dim())).expand(4, *indices.shape))
+    if reduce:
+        return scatter_add(alg, x, dim, indices, value)
     return _selected(alg, lambda a, b: a.scatter(dim, indices, b), alg.lift(x), value)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ....errors import UnsupportedError
 from ..algebra import Algebra
 from ..order import real_key
 from ..value import RingTensor, Value
@@ -38,6 +37,12 @@ def addmm(alg: Algebra, c: Value, x: Value, y: Value, beta: float = 1, alpha: fl
     if alpha != 1:
         product = alg.mul(product, alpha)
     return product if beta == 0 else alg.add(product, c if beta == 1 else alg.mul(c, beta))
+
+
+def addbmm(alg: Algebra, c: Value, x: Value, y: Value, beta: float = 1, alpha: float = 1) -> RingTensor:
+    """beta c + alpha sum over the batch of x y."""
+    product = alg.mul(alg.sum(alg.matmul(x, y), [0]), alpha)
+    return product if beta == 0 else alg.add(product, alg.mul(c, beta))
 
 
 def _bilinear(alg: Algebra, function: Callable[..., torch.Tensor], x: Value, y: Value, terms: int) -> RingTensor:
@@ -110,8 +115,8 @@ def avg_pool2d(
     kernel: Sequence[int],
     stride: Sequence[int] = (),
     padding: Sequence[int] = (0,),
-    ceil_mode: bool = False,  # noqa: FBT001, FBT002
-    count_include_pad: bool = True,  # noqa: FBT001, FBT002
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> RingTensor:
     """Sums of windows over their sizes; the sizes are read off torch's own average of ones."""
@@ -139,8 +144,8 @@ def avg_pool2d_backward(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
-    ceil_mode: bool,  # noqa: FBT001
-    count_include_pad: bool,  # noqa: FBT001
+    ceil_mode: bool,
+    count_include_pad: bool,
     divisor_override: int | None,
 ) -> RingTensor:
     """The adjoint."""
@@ -217,15 +222,6 @@ def _scatter_pool(alg: Algebra, grad: RingTensor, x: RingTensor, position: torch
     return RingTensor(alg.ring.reduce(total).reshape(4, *x.shape), None, grad.loose, grad.dtype)
 
 
-def unsupported_kernel(reason: str) -> Callable[..., Any]:
-    """An entry whose meaning cannot be given: says why."""
-
-    def refuse(alg: Algebra, *arguments: Any, **options: Any) -> Any:
-        raise UnsupportedError(reason)
-
-    return refuse
-
-
 LINEAR: dict[Any, Callable[..., Any]] = {
     aten.mm: matmul,
     aten.bmm: matmul,
@@ -236,6 +232,7 @@ LINEAR: dict[Any, Callable[..., Any]] = {
     aten.addmm: addmm,
     aten.addmv: addmm,
     aten.baddbmm: addmm,
+    aten.addbmm: addbmm,
     aten.convolution: convolution,
     aten.convolution_backward: convolution_backward,
     aten.avg_pool2d: avg_pool2d,

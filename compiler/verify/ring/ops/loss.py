@@ -57,7 +57,7 @@ def nll_loss_backward(
 ) -> RingTensor:
     """-weight g at each target, divided by the passed total weight for the mean."""
     class_dim = 1 if x.ndim > 1 else 0
-    valid, safe, weights = _target_weights(alg, weight, target, ignore)
+    _valid, safe, weights = _target_weights(alg, weight, target, ignore)
     g = alg.lift(grad)
     if reduction == _MEAN:
         g = alg.div(g, alg.lift(total_weight))

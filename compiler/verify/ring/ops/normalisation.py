@@ -151,7 +151,7 @@ def batch_norm(
     bias: Value,
     running_mean: Value,
     running_var: Value,
-    training: bool,  # noqa: FBT001
+    training: bool,
     momentum: float,
     eps: float,
 ) -> Any:
@@ -190,7 +190,7 @@ def batch_norm_without_buffers(
     x: RingTensor,
     weight: Value,
     bias: Value,
-    training: bool,  # noqa: FBT001
+    training: bool,
     momentum: float,
     eps: float,
 ) -> Any:
@@ -222,7 +222,7 @@ def batch_norm_backward(
     running_var: Value,
     saved_mean: Value,
     saved_rstd: Value,
-    training: bool,  # noqa: FBT001
+    training: bool,
     eps: float,
     mask: Sequence[bool],
 ) -> Triple:

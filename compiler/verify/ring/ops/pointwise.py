@@ -194,7 +194,7 @@ def threshold_backward(alg: Algebra, grad: Value, x: Value, threshold: float) ->
     return alg.where(compare(alg, "gt", x, threshold), grad, 0)
 
 
-def clamp(alg: Algebra, x: Value, min: Value = None, max: Value = None) -> RingTensor:  # noqa: A002 - torch's argument names
+def clamp(alg: Algebra, x: Value, min: Value = None, max: Value = None) -> RingTensor:
     """max first, as torch: min(max(x, low), high)."""
     if min is not None:
         x = maximum(alg, x, min)
@@ -223,7 +223,7 @@ def leaky_relu(alg: Algebra, x: Value, slope: float = 0.01) -> RingTensor:
     return alg.where(compare(alg, "gt", x, 0), x, alg.mul(x, slope))
 
 
-def leaky_relu_backward(alg: Algebra, grad: Value, x: Value, slope: float, is_result: bool) -> RingTensor:  # noqa: FBT001
+def leaky_relu_backward(alg: Algebra, grad: Value, x: Value, slope: float, is_result: bool) -> RingTensor:
     """g or slope g."""
     return alg.where(compare(alg, "gt", x, 0), grad, alg.mul(grad, slope))
 
@@ -240,7 +240,7 @@ def elu_backward(
     alpha: float,
     scale: float,
     input_scale: float,
-    is_result: bool,  # noqa: FBT001
+    is_result: bool,
     y: Value,
 ) -> RingTensor:
     """The derivative from the input, or from the result when ``is_result``."""
@@ -332,8 +332,7 @@ POINTWISE: dict[Any, Callable[..., Any]] = {
     aten._to_copy: to_dtype,
     prims.convert_element_type: to_dtype,
     **{getattr(aten, name): comparison(name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
-    **{
-        op: identity
-        for op in (aten.clone, aten.detach, aten.alias, aten.contiguous, aten.lift_fresh_copy, aten.lift_fresh, aten.positive)
-    },
+    **dict.fromkeys(
+        (aten.clone, aten.detach, aten.alias, aten.contiguous, aten.lift_fresh_copy, aten.lift_fresh, aten.positive), identity
+    ),
 }

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 Dims = int | Sequence[int] | None
 
 
-def sum_(alg: Algebra, x: Value, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> RingTensor:  # noqa: FBT001, FBT002
+def sum_(alg: Algebra, x: Value, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> RingTensor:
     """sum."""
     value = alg.lift(x)
     result = alg.sum(value, dims_of(value, dim), keepdim=keepdim)
@@ -30,7 +30,7 @@ def count(x: RingTensor, dim: Dims) -> int:
     return math.prod(x.shape[d] for d in dims_of(x, dim))
 
 
-def mean(alg: Algebra, x: Value, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> RingTensor:  # noqa: FBT001, FBT002
+def mean(alg: Algebra, x: Value, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> RingTensor:
     """mean."""
     value = alg.lift(x)
     return alg.div(sum_(alg, value, dim, keepdim, dtype), count(value, dim))
@@ -44,20 +44,20 @@ def moments(alg: Algebra, x: RingTensor, dim: Dims, correction: float, *, keepdi
     return variance, centre if keepdim else mean(alg, x, dim)
 
 
-def var_mean(alg: Algebra, x: RingTensor, dim: Dims = None, correction: float | None = 1, keepdim: bool = False) -> Any:  # noqa: FBT001, FBT002
+def var_mean(alg: Algebra, x: RingTensor, dim: Dims = None, correction: float | None = 1, keepdim: bool = False) -> Any:
     """(variance, mean); the second argument is ``unbiased`` in the oldest overload."""
     if isinstance(dim, bool):
-        dim, correction = None, int(dim)
+        return moments(alg, x, None, int(dim), keepdim=False)
     return moments(alg, x, dim, 1 if correction is None else correction, keepdim=keepdim)
 
 
-def var(alg: Algebra, x: RingTensor, dim: Dims = None, correction: float | None = 1, keepdim: bool = False) -> RingTensor:  # noqa: FBT001, FBT002
+def var(alg: Algebra, x: RingTensor, dim: Dims = None, correction: float | None = 1, keepdim: bool = False) -> RingTensor:
     """Variance."""
     result: RingTensor = var_mean(alg, x, dim, correction, keepdim)[0]
     return result
 
 
-def std(alg: Algebra, x: RingTensor, dim: Dims = None, correction: float | None = 1, keepdim: bool = False) -> RingTensor:  # noqa: FBT001, FBT002
+def std(alg: Algebra, x: RingTensor, dim: Dims = None, correction: float | None = 1, keepdim: bool = False) -> RingTensor:
     """Root of the variance."""
     return alg.power(var(alg, x, dim, correction, keepdim), 0.5)
 
@@ -83,7 +83,7 @@ def cumprod(alg: Algebra, x: Value, dim: int, dtype: torch.dtype | None = None) 
     return RingTensor(data, None, value.loose, dtype or value.dtype)
 
 
-def prod(alg: Algebra, x: Value, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> RingTensor:  # noqa: FBT001, FBT002
+def prod(alg: Algebra, x: Value, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> RingTensor:
     """Product."""
     value = alg.settle(alg.lift(x))
     return RingTensor(alg.ring.product(value.data, dims_of(value, dim), keepdim=keepdim), None, value.loose, dtype or value.dtype)
@@ -94,7 +94,7 @@ def vector_norm(
     x: RingTensor,
     order: float = 2,
     dim: Dims = None,
-    keepdim: bool = False,  # noqa: FBT001, FBT002
+    keepdim: bool = False,
     dtype: torch.dtype | None = None,
 ) -> RingTensor:
     """Euclidean norm by the root map; 1 and infinity norms by signs and order; other even orders by a keyed power."""
@@ -108,18 +108,18 @@ def vector_norm(
     return alg.power(sum_(alg, alg.power(size, order), dim, keepdim), 1 / order)
 
 
-def amax(alg: Algebra, x: RingTensor, dim: Dims = (), keepdim: bool = False) -> RingTensor:  # noqa: FBT001, FBT002
+def amax(alg: Algebra, x: RingTensor, dim: Dims = (), keepdim: bool = False) -> RingTensor:
     """Largest."""
     return extreme(alg, x, dims_of(x, dim), keepdim=keepdim)
 
 
-def amin(alg: Algebra, x: RingTensor, dim: Dims = (), keepdim: bool = False) -> RingTensor:  # noqa: FBT001, FBT002
+def amin(alg: Algebra, x: RingTensor, dim: Dims = (), keepdim: bool = False) -> RingTensor:
     """Smallest."""
     return extreme(alg, x, dims_of(x, dim), keepdim=keepdim, largest=False)
 
 
 def _extreme_op(*, largest: bool) -> Callable[..., Any]:
-    def apply(alg: Algebra, x: RingTensor, dim: Any = None, keepdim: bool = False) -> Any:  # noqa: FBT001, FBT002
+    def apply(alg: Algebra, x: RingTensor, dim: Any = None, keepdim: bool = False) -> Any:
         if isinstance(dim, RingTensor):
             return maximum(alg, x, dim) if largest else minimum(alg, x, dim)
         if dim is None:
@@ -134,29 +134,29 @@ def _extreme_op(*, largest: bool) -> Callable[..., Any]:
     return apply
 
 
-def argmax(alg: Algebra, x: RingTensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:  # noqa: FBT001, FBT002
+def argmax(alg: Algebra, x: RingTensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
     """Position of the largest."""
     return real_key(alg, x).argmax(dim, keepdim)
 
 
-def argmin(alg: Algebra, x: RingTensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:  # noqa: FBT001, FBT002
+def argmin(alg: Algebra, x: RingTensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
     """Position of the smallest."""
     return real_key(alg, x).argmin(dim, keepdim)
 
 
-def topk(alg: Algebra, x: RingTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002, FBT001, FBT002
+def topk(alg: Algebra, x: RingTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     """The k largest, in order; ties by position."""
     position = torch.sort(real_key(alg, x), dim=dim, descending=largest, stable=True).indices.narrow(dim, 0, k)
     return take(x, dim % x.ndim, position), position
 
 
-def sort(alg: Algebra, x: RingTensor, dim: int = -1, descending: bool = False, stable: bool | None = None) -> Any:  # noqa: FBT001, FBT002
+def sort(alg: Algebra, x: RingTensor, dim: int = -1, descending: bool = False, stable: bool | None = None) -> Any:
     """Stable sort (any stable order is a legal result of an unstable one)."""
     position = torch.sort(real_key(alg, x), dim=dim, descending=descending, stable=True).indices
     return take(x, dim % x.ndim, position), position
 
 
-def argsort(alg: Algebra, x: RingTensor, dim: int = -1, descending: bool = False, stable: bool | None = None) -> torch.Tensor:  # noqa: FBT001, FBT002
+def argsort(alg: Algebra, x: RingTensor, dim: int = -1, descending: bool = False, stable: bool | None = None) -> torch.Tensor:
     """Positions of ``sort``."""
     return torch.sort(real_key(alg, x), dim=dim, descending=descending, stable=True).indices
 
@@ -182,7 +182,7 @@ def softmax_backward(alg: Algebra, grad: Value, y: Value, dim: int, dtype: torch
     return alg.sub(product, alg.mul(y, sum_(alg, product, dim, keepdim=True)))
 
 
-def logsumexp(alg: Algebra, x: Value, dim: Dims, keepdim: bool = False) -> RingTensor:  # noqa: FBT001, FBT002
+def logsumexp(alg: Algebra, x: Value, dim: Dims, keepdim: bool = False) -> RingTensor:
     """log sum exp(x)."""
     return alg.log(sum_(alg, alg.exp(x), dim, keepdim))
 

@@ -64,7 +64,7 @@ def squeeze(alg: Algebra, x: RingTensor, dim: int | Sequence[int] | None = None)
     return view(alg, x, [n for i, n in enumerate(x.shape) if i not in chosen or n != 1])
 
 
-def expand(alg: Algebra, x: RingTensor, shape: Sequence[int], implicit: bool = False) -> RingTensor:  # noqa: FBT001, FBT002
+def expand(alg: Algebra, x: RingTensor, shape: Sequence[int], implicit: bool = False) -> RingTensor:
     """Broadcast to a shape, -1 keeps."""
     x = x.rank(len(shape))
     size = [x.shape[i] if n == -1 else n for i, n in enumerate(shape)]
