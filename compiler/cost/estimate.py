@@ -174,24 +174,29 @@ def _lives(
     born: dict[tuple[int, Layout], int] = {}
     dies: dict[tuple[int, Layout], int] = {}
 
-    def use(value: int, layout: Layout, moment: int) -> None:
+    def hold(value: int, layout: Layout, moment: int) -> None:
         holder = base.get((value, layout), (value, layout))
-        born.setdefault(holder, moment)  # a redistributed copy is made when it is first wanted
+        if holder not in born:  # a redistributed copy is made when it is first wanted, beside what it is made of
+            born[holder] = moment
+            hold(value, made_layout(view, nodes, value), moment)
         dies[holder] = max(dies.get(holder, moment), moment)
 
     for index, site in enumerate(view.sites):
-        wanted = [wanted_layout(view, nodes, results, index, slot) for slot in range(len(site.uses))] if not site.is_input else []
-        for value, layout in zip(site.uses, wanted, strict=False):
-            use(value, layout, index if site.is_op else end)
+        uses = [] if site.is_input else list(site.uses)
+        wanted = [wanted_layout(view, nodes, results, index, slot) for slot in range(len(uses))]
+        for value, layout in zip(uses, wanted, strict=True):
+            hold(value, layout, index if site.is_op else end)
         for value in (v for v in site.makes if v is not None):
             made = made_layout(view, nodes, value)
-            if site.node is not None and site.uses and site.is_op and is_view(site.node.target):
-                source = (site.uses[0], wanted[0])
+            if site.node is not None and uses and is_view(site.node.target):
+                source = (uses[0], wanted[0])
                 base[(value, made)] = base.get(source, source)
-            use(value, made, end if site.is_input else index)
+            else:
+                born[(value, made)] = index
+            hold(value, made, end if site.is_input else index)
     for index, site in enumerate(view.sites):
         for slot, value in enumerate(site.uses if site.is_input else ()):
-            use(value, wanted_layout(view, nodes, results, index, slot), end)
+            hold(value, wanted_layout(view, nodes, results, index, slot), end)
     for (value, layout), first in born.items():
         yield _Life(local(value, layout), first, dies[(value, layout)])
 

@@ -1,0 +1,143 @@
+"""Measure this machine into a ``Cluster``: matmul speed, memory bandwidth, overhead per op, and each collective on real ranks.
+
+Ops are timed here, on one thread, as a rank runs them. Collectives are timed by the caller (it owns the ranks): for each kind a
+line seconds = alpha + beta * wire bytes  is fitted to the medians by least squares with relative weights, so that small messages
+(which fix alpha) count as much as large ones (which fix beta).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..redistribute import StepKind
+from .cluster import COLLECTIVES, Cluster, Line
+
+TimeCollective = Callable[[StepKind, int], float]
+"""(kind, bytes of the whole tensor) -> median seconds of one such collective over all ranks.
+
+The whole tensor is what all_reduce sums, what all_gather makes, what reduce_scatter takes, and all ranks' pieces of all_to_all.
+"""
+
+MESSAGE_BYTES = (1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
+_MATMUL_SIZE = {"cpu": 512, "cuda": 4096}
+_STREAM_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
+_OVERHEAD_OPS = 200
+
+
+def calibrate(
+    time_collective: TimeCollective | None = None,
+    *,
+    ranks: int = 2,
+    device: str = "cpu",
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.bfloat16),
+    seconds: float = 10.0,
+) -> Cluster:
+    """Measure for about ``seconds`` seconds and return a Cluster (save it with ``.save()``).
+
+    time_collective: see ``TimeCollective``; without it the default cluster's lines are kept. ranks: how many ranks it runs on.
+    Raises InputError for an unknown device, fewer than two ranks, or times that are not positive.
+    """
+    base = Cluster.default(device)
+    if time_collective is not None and ranks < 2:
+        raise InputError(f"collectives need at least two ranks to be timed; found {ranks}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError('calibrate(device="cuda") needs a CUDA device; torch finds none here')
+    budget = seconds / (2 * len(dtypes) + 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        flops = {
+            str(dtype).removeprefix("torch."): matmul_flops(dtype, device, budget)
+            for dtype in dict.fromkeys((torch.float32, *dtypes))
+        }
+        bandwidth = memory_bandwidth(device, budget)
+        overhead = op_overhead(device, budget)
+    finally:
+        torch.set_num_threads(threads)
+    lines = base.collectives if time_collective is None else fit_collectives(time_collective, ranks)
+    return Cluster(device, flops, bandwidth, overhead, lines)
+
+
+def matmul_flops(dtype: torch.dtype, device: str, budget: float) -> float:
+    """Flops per second of a square matmul."""
+    size = _MATMUL_SIZE[device]
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device, budget)
+
+
+def memory_bandwidth(device: str, budget: float) -> float:
+    """Bytes read and written per second by an elementwise op on tensors larger than any cache."""
+    count = _STREAM_BYTES[device] // 4
+    a = torch.ones(count, device=device)
+    out = torch.empty_like(a)
+    return 8 * count / _median_seconds(lambda: torch.mul(a, 2.0, out=out), device, budget)
+
+
+def op_overhead(device: str, budget: float) -> float:
+    """Seconds per op that has nothing to do: a run of tiny dependent ops, divided by their number."""
+    start = torch.zeros(1, device=device)
+
+    def run() -> None:
+        x = start
+        for _ in range(_OVERHEAD_OPS):
+            x = torch.ops.aten.add.Tensor(x, 1)
+
+    return _median_seconds(run, device, budget) / _OVERHEAD_OPS
+
+
+def fit_collectives(time_collective: TimeCollective, ranks: int, sizes: Sequence[int] = MESSAGE_BYTES) -> dict[StepKind, Line]:
+    """A line per collective from times at several sizes."""
+    lines = {}
+    for kind in COLLECTIVES:
+        times = {size: time_collective(kind, size) for size in sizes}
+        bad = {size: t for size, t in times.items() if not (math.isfinite(t) and t > 0)}
+        if bad:
+            raise InputError(f"times of {kind} must be positive seconds; found {bad}")
+        slope, intercept = fit_line({wire_share(kind, ranks) * size: t for size, t in times.items()})
+        lines[kind] = Line(intercept / max(1, math.ceil(math.log2(ranks))), slope)
+    return lines
+
+
+def wire_share(kind: StepKind, ranks: int) -> float:
+    """Bytes that one rank sends per byte of the whole tensor (the formulas of ``redistribute.wire_bytes``)."""
+    share = (ranks - 1) / ranks
+    return {StepKind.ALL_REDUCE: 2 * share, StepKind.ALL_TO_ALL: share / ranks}.get(kind, share)
+
+
+def fit_line(points: Mapping[float, float]) -> tuple[float, float]:
+    """(slope, intercept), neither negative, of least relative squared error."""
+    x, y = (np.array(values, dtype=float) for values in (list(points.keys()), list(points.values())))
+    design = np.stack((x, np.ones_like(x)), axis=1) / y[:, None]
+    slope, intercept = (float(c) for c in np.linalg.lstsq(design, np.ones_like(y), rcond=None)[0])
+    if slope < 0:
+        return 0.0, 1 / float(np.mean(1 / y))
+    if intercept < 0:
+        return float((x / y).sum() / ((x / y) ** 2).sum()), 0.0
+    return slope, intercept
+
+
+def _median_seconds(run: Callable[[], object], device: str, budget: float) -> float:
+    """Median time of ``run`` over as many repeats as the budget allows (at least 3), after one to warm up."""
+    run()
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,123 @@
+"""Clusters are validated, saved whole or not at all, and fitted from measurements."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hocket.compiler.cost.calibrate import calibrate, fit_collectives, fit_line, wire_share
+from hocket.compiler.cost.cluster import COLLECTIVES, Cluster, Line, default_path
+from hocket.compiler.errors import InputError
+from hocket.compiler.layout import Partial, Replicate, Shard
+from hocket.compiler.redistribute import StepKind, steps, wire_bytes
+from hocket.runtime.mesh import Mesh
+
+
+def test_a_cluster_survives_saving(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    slow = dataclasses.replace(Cluster.default(), axes={"dp": {StepKind.ALL_REDUCE: Line(1.0, 2.0)}}, op_overhead=1.5e-6)
+    assert Cluster.current() == Cluster.default()
+    assert slow.save() == default_path("cpu")
+    assert Cluster.current() == slow
+    assert [p.name for p in (tmp_path / "hocket").iterdir()] == ["cluster-cpu.json"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = Cluster.default().save(tmp_path / "c.json")
+    before = path.read_text()
+    monkeypatch.setattr(json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        Cluster.default("cuda").save(path)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "version 1; found 9"),
+        ({"memory_bandwidth": 0}, "memory_bandwidth must be a positive"),
+        ({"memory_bandwidth": "fast"}, "not a cluster description"),
+        ({"flops": {"float64": 1.0}}, "float32"),
+        ({"op_overhead": -1}, "op_overhead"),
+        ({"collectives": {}}, "all_reduce, all_gather, reduce_scatter, all_to_all is missing"),
+        ({"collectives": {"telepathy": {"alpha": 0, "beta": 0}}}, "telepathy"),
+        ({"axes": {"dp": {"all_reduce": {"alpha": -1, "beta": 0}}}}, "alpha and beta"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, change, message):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**Cluster.default().to_json(), **change}))
+    with pytest.raises(InputError, match=message):
+        Cluster.load(path)
+
+
+def test_no_file_and_no_json_are_refused(tmp_path):
+    with pytest.raises(InputError, match="expected a cluster description"):
+        Cluster.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(InputError, match="expected a cluster description"):
+        Cluster.load(tmp_path / "bad.json")
+
+
+def test_unknown_devices_are_refused():
+    with pytest.raises(InputError, match='"cpu" or "cuda"; found \'tpu\''):
+        Cluster.default("tpu")
+
+
+def test_an_axis_may_have_its_own_line():
+    slow = Line(1.0, 0.0)
+    cluster = dataclasses.replace(Cluster.default(), axes={"dp": {StepKind.ALL_REDUCE: slow}})
+    assert cluster.line(StepKind.ALL_REDUCE, "dp") is slow
+    assert cluster.line(StepKind.ALL_GATHER, "dp") == cluster.line(StepKind.ALL_GATHER, "tp")
+
+
+def test_lines_are_recovered_from_exact_times():
+    lines = {kind: Line(1e-5 * (i + 1), 1e-9 * (i + 2)) for i, kind in enumerate(COLLECTIVES)}
+    found = fit_collectives(lambda kind, size: lines[kind].seconds(wire_share(kind, 4) * size, 4), ranks=4)
+    for kind in COLLECTIVES:
+        assert (found[kind].alpha, found[kind].beta) == pytest.approx((lines[kind].alpha, lines[kind].beta))
+
+
+def test_fits_are_never_negative():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        slope, intercept = fit_line({float(x): float(y) for x, y in zip((1, 8, 64, 512), rng.uniform(0.1, 5, 4), strict=True)})
+        assert slope >= 0
+        assert intercept >= 0
+        assert slope + intercept > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_wire_share_is_that_of_planning(ranks):
+    shape, whole = (ranks * 4, ranks * 6), ranks * ranks * 24 * 4
+    ends = {
+        StepKind.ALL_REDUCE: (Partial("sum"), Replicate()),
+        StepKind.ALL_GATHER: (Shard(0), Replicate()),
+        StepKind.REDUCE_SCATTER: (Partial("sum"), Shard(0)),
+        StepKind.ALL_TO_ALL: (Shard(0), Shard(1)),
+    }
+    mesh = Mesh((("d", ranks),))
+    for kind, (source, target) in ends.items():
+        (step,) = steps((source,), (target,))
+        assert step.kind is kind
+        assert wire_bytes(step, shape, 4, mesh) == pytest.approx(wire_share(kind, ranks) * whole)
+
+
+def test_calibration_measures_this_machine():
+    threads = torch.get_num_threads()
+    found = calibrate(lambda kind, size: 1e-4 + 1e-9 * size, ranks=2, dtypes=(torch.float32,), seconds=0.5)
+    assert torch.get_num_threads() == threads
+    assert found.flops["float32"] > 1e8
+    assert found.memory_bandwidth > 1e8
+    assert 1e-8 < found.op_overhead < 1e-2
+    assert found.collectives[StepKind.ALL_REDUCE].beta == pytest.approx(1e-9)
+
+
+def test_senseless_times_are_refused():
+    with pytest.raises(InputError, match="must be positive seconds"):
+        fit_collectives(lambda kind, size: 0.0, 2)
+    with pytest.raises(InputError, match="at least two ranks"):
+        calibrate(lambda kind, size: 1.0, ranks=1, seconds=0.1)
