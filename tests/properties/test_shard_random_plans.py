@@ -146,8 +146,8 @@ def test_a_transformer_block_computes_the_same_under_many_plans(mesh: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [*MESHES, "a=2,b=2,c=2"])
-def test_odd_sizes_compute_the_same_under_very_many_plans(mesh: str) -> None:
+def test_odd_sizes_compute_the_same_under_many_more_plans(mesh: str) -> None:
     for shape in [(5, 7, 12), (3, 8, 6), (4, 5, 4)]:
         program = _program(BLOCK, shape, 2, True)
-        for seed in range(25):
+        for seed in range(8):
             _check(program, Mesh.parse(mesh), seed)
