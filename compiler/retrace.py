@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +55,9 @@ def _resized(tensor: Tensor, shape: list[int]) -> Tensor:
 def smaller_program(program: Program, retrace: Retrace, mesh: Mesh) -> Program | None:
     """The same program at sizes as small as it stays the same at, for a proof to run on; None where no size can shrink.
 
-    A size shrinks to a multiple of the number of ranks (at least two rows a rank, so that an offset by one shows), different from the
-    other sizes. Where shrinking all sizes changes the program (a loop over the sequence, a branch on the batch), each is tried alone.
+    A size shrinks to a multiple of the number of ranks (at least two rows a rank, so that an offset by one shows), different from
+    the other sizes. Where shrinking all sizes changes the program (a loop over the sequence, a branch on the batch), each is tried
+    alone.
     """
     wanted = _small_sizes(program.sizes, mesh.size)
     attempts = [wanted, *({name: size} for name, size in wanted.items())] if len(wanted) > 1 else [wanted]
@@ -62,12 +65,25 @@ def smaller_program(program: Program, retrace: Retrace, mesh: Mesh) -> Program |
         if not attempt:
             continue
         try:
-            small = retrace(attempt)
+            with _without_complaints():
+                small = retrace(attempt)
         except HocketError:
-            continue  # the model refuses these sizes
+            continue  # the model refuses these sizes, as one whose input width is a parameter's does
         if not skeleton_difference(program, small):
             return small
     return None
+
+
+@contextmanager
+def _without_complaints() -> Iterator[None]:
+    """Torch logs every shape that does not fit as an error; here that is one of the expected answers."""
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = torch_log.disabled
+    torch_log.disabled = True
+    try:
+        yield
+    finally:
+        torch_log.disabled = before
 
 
 def _small_sizes(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:

@@ -186,5 +186,18 @@ def _facts(compiled: Compiled) -> dict[str, Any]:
 
 
 def calibrate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure this machine and keep the figures for the planner."""
-    raise InputError(str(arguments))
+    """Measure this machine and keep the figures where the planner finds them."""
+    from ...runtime.engines.local import LocalEngine
+    from ..cost.calibrate import calibrate as measure
+    from ..cost.timing import CollectiveTimer
+
+    with (
+        console.status("measuring matrix products, memory and collectives"),
+        LocalEngine(Mesh((("d", arguments.ranks),))) as engine,
+    ):
+        cluster = measure(CollectiveTimer(engine), ranks=arguments.ranks)
+    path = cluster.save()
+    facts = cluster.to_json()
+    console.print_json(data=facts)
+    console.print(f"saved to {path}; plans use it from now on")
+    return {**facts, "path": str(path)}

@@ -41,7 +41,7 @@ class Options:
     outputs: str = "any"
     gradients: str = "any"
     level: str | None = None
-    cluster: Cluster = field(default_factory=Cluster.default)
+    cluster: Cluster = field(default_factory=Cluster.current)
     rules: RuleTable = field(default_factory=RuleTable)
     passes: tuple[Pass, ...] = ()
 
