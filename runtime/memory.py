@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,9 +79,10 @@ class BlockPlan:
     def of(cls, specs: Iterable[tuple[Sequence[int], torch.dtype]]) -> BlockPlan:
         """specs: (shape, dtype) of each tensor."""
         entries, packed = [], 0
-        for shape, dtype in specs:
+        listed = list(specs)
+        for shape, dtype in listed:
             entry = _Entry.of(shape, dtype, packed)
-            if entry.nbytes < PACKED_BYTES:
+            if entry.nbytes < PACKED_BYTES and len(listed) > 1:
                 packed += max(-(-entry.nbytes // ALIGNMENT), 1) * ALIGNMENT
             else:
                 entry = _Entry.of(shape, dtype, -1)
@@ -137,7 +139,7 @@ class SharedArena:
             segment = self._add_segment(max(sum(sizes), ALIGNMENT), recycled=False)
             blocks = [self._carve(segment, size) for size in sizes]
         for block, (storage, users) in zip(blocks, moving.values(), strict=True):
-            shared = self._own(block)
+            shared = self._storage(block)
             nbytes = storage.nbytes()
             if nbytes:
                 old, new = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
@@ -165,21 +167,21 @@ class SharedArena:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised contiguous tensor that owns its block."""
         entry = _Entry.of(shape, dtype, -1)
-        return _over(self._own(self._take(entry.nbytes)), 0, entry)
+        return self._alone(self._take(entry.nbytes), entry)
 
     def allocate(self, plan: BlockPlan) -> tuple[list[torch.Tensor], list[int]]:
         """Uninitialised tensors for a plan, and (segment, byte offset) of each, flat."""
         tensors: list[torch.Tensor] = []
         places: list[int] = []
         block = self._take(plan.packed) if plan.packed else None
-        packed = self._own(block) if block is not None else None
+        packed = self._storage(block) if block is not None else None
         for entry in plan.entries:
             if block is not None and packed is not None and entry.offset >= 0:
                 tensors.append(_over(packed, entry.offset, entry))
                 places += (block.segment.ident, block.offset + entry.offset)
             else:
                 alone = self._take(entry.nbytes)
-                tensors.append(_over(self._own(alone), 0, entry))
+                tensors.append(self._alone(alone, entry))
                 places += (alone.segment.ident, alone.offset)
         return tensors, places
 
@@ -223,6 +225,10 @@ class SharedArena:
             for segment in self._segments.values():
                 if segment.recycled and segment.used + wanted <= segment.nbytes:
                     return self._carve(segment, wanted)
+            for segment in self._segments.values():
+                if segment.recycled and not segment.live and wanted <= segment.nbytes:
+                    self._reset(segment)
+                    return self._carve(segment, wanted)
             return self._carve(self._add_segment(max(wanted, SEGMENT_BYTES), recycled=True), wanted)
 
     def _carve(self, segment: Segment, nbytes: int) -> _Block:
@@ -231,8 +237,17 @@ class SharedArena:
         segment.live += 1
         return block
 
-    def _own(self, block: _Block) -> torch.UntypedStorage:
-        """A storage over a block; when it is freed so is ``owner``, and the weak reference returns the block."""
+    def _alone(self, block: _Block, entry: _Entry) -> torch.Tensor:
+        numel = entry.nbytes // entry.dtype.itemsize
+        if not numel:
+            return _over(self._storage(block), 0, entry)
+        return torch.frombuffer(self._own(block), dtype=entry.dtype, count=numel).as_strided_(entry.shape, entry.stride)
+
+    def _storage(self, block: _Block) -> torch.UntypedStorage:
+        return torch.frombuffer(self._own(block), dtype=torch.uint8).untyped_storage()
+
+    def _own(self, block: _Block) -> Any:
+        """A buffer over a block: it dies with the last storage over it, and then the weak reference returns the block."""
         owner = np.frombuffer(block.segment.map, np.uint8, block.nbytes, block.offset)
         key = next(self._keys)
         returned, owners = self._returned, self._owners
@@ -242,7 +257,7 @@ class SharedArena:
             returned.append(block)
 
         owners[key] = weakref.ref(owner, give_back)
-        return torch.frombuffer(owner, dtype=torch.uint8).untyped_storage()
+        return owner
 
     def _collect(self) -> None:
         while self._returned:
@@ -251,8 +266,6 @@ class SharedArena:
             segment.live -= 1
             if segment.recycled:
                 self._free.setdefault(block.nbytes, []).append(block)
-                if not segment.live:
-                    self._reset(segment)
             elif not segment.live:
                 self._drop(segment)
 

@@ -66,6 +66,7 @@ class Loaded:
     fed: list[list[Piece]]
     out: list[list[tuple[int, Piece | None]]]
     offsets: list[struct.Struct]
+    updating: list[bool]
     on_device: dict[int, torch.Tensor] = field(default_factory=dict)
     epoch: int = -1
 
@@ -204,7 +205,10 @@ class Worker:
         fed = [[Piece.of(program.inputs[i], self.mesh, self.rank) for i in indices] for indices in ports.fed]
         out = [[self._output(program, r.port) for r in results if not r.absent and r.bound is None] for results in ports.results]
         offsets = [struct.Struct(f"<q{2 * (len(f) + len(o))}q") for f, o in zip(fed, out, strict=True)]
-        self.programs[packet.handle] = Loaded(program, executor, ports, collective_axes(program), bound, fed, out, offsets)
+        updating = [any(r.bound is not None for r in results) for results in ports.results]
+        self.programs[packet.handle] = Loaded(
+            program, executor, ports, collective_axes(program), bound, fed, out, offsets, updating
+        )
         self._done(packet)
 
     def read_program(self, text: bytes) -> RankProgram:
@@ -269,8 +273,9 @@ class Worker:
                 out[port] = self._view(piece, numbers[start + 2 * i], numbers[start + 2 * i + 1])
         local = out if self.device.type == "cpu" else None
         values = loaded.executor.run(frame, loaded.program.segments[segment].name, fed, local)
-        self.page.state(State.WRITING)
         updates = []
+        if local is not None and not loaded.updating[segment]:
+            return  # the executor has written every result into its place
         for result, value in zip(loaded.ports.results[segment], values, strict=True):
             if value is None:
                 continue
@@ -279,7 +284,7 @@ class Worker:
                     updates.append((loaded.bound[result.bound], value.clone() if self.segments.hold(value) else value))
             elif local is None and result.port in out:
                 out[result.port].copy_(value)
-        if any(result.bound is not None for result in loaded.ports.results[segment]):
+        if loaded.updating[segment]:
             self.updates[packet.ticket] = updates
 
     def _commit(self, packet: wire.Packet) -> None:

@@ -31,15 +31,15 @@ from ..communicator import Wire
 from ..crew import Crew, Limits
 from ..errors import InputError
 from ..matching import match_collectives
-from ..memory import BlockPlan, SharedArena, default_arena
+from ..memory import SharedArena, default_arena
 from ..mesh import Mesh
-from ..ports import PortMap, check_value, torch_dtype
+from ..ports import PortMap, check_value
 from ..program import RankProgram
 from ..trace import chrome_trace, read_stamps
 from ..validate import check_rank_program
 from .base import Bindings
 from .binding import Binding
-from .step import LocalHandle, LocalTicket, Step
+from .step import LocalHandle, LocalTicket, SegmentPlan, Step
 
 __all__ = ["Limits", "LocalEngine", "Step"]
 
@@ -117,14 +117,9 @@ class LocalEngine:
             del self._crew.programs[handle.number]
 
     def _handle(self, program: RankProgram, ports: PortMap, bindings: list[Binding]) -> LocalHandle:
-        fed = [BlockPlan.of([(program.inputs[i].shape, torch_dtype(program.inputs[i].dtype)) for i in fed]) for fed in ports.fed]
-        out = []
-        for results in ports.results:
-            specs = [program.outputs[r.port] for r in results if not r.absent and r.bound is None]
-            out.append(BlockPlan.of([(port.shape, torch_dtype(port.dtype)) for port in specs]))
-        packers = [struct.Struct(f"<q{2 * (len(f.entries) + len(o.entries))}q") for f, o in zip(fed, out, strict=True)]
+        plans = [SegmentPlan.of(program, ports, bindings, segment) for segment in range(len(program.segments))]
         home = next((binding.user.device for binding in bindings if binding.user.is_cuda), torch.device("cpu"))
-        return LocalHandle(next(self._numbers), program, ports, bindings, fed, out, packers, home)
+        return LocalHandle(next(self._numbers), program, ports, bindings, plans, home)
 
     def _request(self, handle: LocalHandle) -> torch.Tensor:
         """Head and program as bytes in shared memory, see ``Worker._load``."""
@@ -158,10 +153,10 @@ class LocalEngine:
             self._crew.check_open()
             for binding in handle.bindings:
                 binding.refresh()
-            ticket = LocalTicket(next(self._numbers), handle, [], self._dropped, len(handle.program.segments) == 1)
+            single = len(handle.segments) == 1
+            ticket = LocalTicket(next(self._numbers), handle, self._dropped, single)
             step = self._submit(handle, ticket, 0, inputs)
-            if not ticket.released:
-                ticket.inputs = step.blocks
+            ticket.inputs = None if single else step.blocks
             return step
 
     def submit_backward(self, handle: LocalHandle, ticket: LocalTicket, tangents: Sequence[torch.Tensor | None]) -> Step:
@@ -171,46 +166,35 @@ class LocalEngine:
             if ticket.handle is not handle or ticket.released:
                 raise InputError("the saved values of this forward are gone: its backward has run, or its ticket was released")
             step = self._submit(handle, ticket, 1, tangents)
-            step.blocks += ticket.inputs
-            ticket.inputs, ticket.released = [], True
+            step.kept, ticket.inputs, ticket.released = ticket.inputs, None, True
             return step
 
     def _submit(self, handle: LocalHandle, ticket: LocalTicket, segment: int, given: Sequence[torch.Tensor | None]) -> Step:
         """Copy what is given into blocks, make blocks for the results, and tell the ranks."""
-        program, fed, plan = handle.program, handle.ports.fed[segment], handle.out[segment]
-        if len(given) != len(fed):
-            raise InputError(f"expected {len(fed)} inputs of {program.segments[segment].name}, found {len(given)}")
-        values = [
-            None if value is None and segment else check_value(program.inputs[port], value, "input")
-            for port, value in zip(fed, given, strict=True)
-        ]
-        while len(self._flying) >= self.limits.window or (self._flying and self._flying[-1].updates):
+        plan = handle.segments[segment]
+        if len(given) != len(plan.ports):
+            raise InputError(f"expected {len(plan.ports)} inputs of {plan.name}, found {len(given)}")
+        for port, value in zip(plan.ports, given, strict=True):
+            if value is not None or not segment:
+                check_value(port, value, "input")
+        while len(self._flying) >= self.limits.window or (self._flying and self._flying[-1].plan.updated):
             self.settle(self._flying[0])
-        inputs, places = self.arena.allocate(handle.fed[segment])
-        for block, value in zip(inputs, values, strict=True):
+        step = Step(self.settle, handle, plan, ticket)
+        step.blocks = blocks, places = plan.spare.pop() if plan.spare else self.arena.allocate(plan.fed)
+        for block, value in zip(blocks, given, strict=True):
             if value is None:
                 block.zero_()
             else:
                 block.copy_(value.detach())
-        outputs, out_places = self.arena.allocate(plan)
+        outputs, out_places = self.arena.allocate(plan.out)
         self._announce()
-        epoch = sum(binding.epoch for binding in handle.bindings)
-        payload = handle.packers[segment].pack(epoch, *places, *out_places)
-        packet = packets.Packet(packets.Op.BACKWARD if segment else packets.Op.FORWARD, handle.number, 0, ticket.number, payload)
-        step = Step(self.settle, handle, segment, self._crew.post(packet))
-        step.ticket = ticket
-        step.values = self._results(handle, segment, outputs)
-        step.blocks = inputs
+        epoch = sum([binding.epoch for binding in handle.bindings])
+        payload = plan.packer.pack(epoch, *places, *out_places)
+        op = packets.Op.BACKWARD if segment else packets.Op.FORWARD
+        step.sequence = self._crew.post(packets.Packet(op, handle.number, 0, ticket.number, payload))
+        step.values = plan.results(outputs)
         self._flying.append(step)
         return step
-
-    def _results(self, handle: LocalHandle, segment: int, outputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        fresh = iter(outputs)
-        bound = dict(zip(handle.ports.bound, handle.bindings, strict=True))
-        return [
-            None if result.absent else bound[result.bound].user if result.bound is not None else next(fresh)
-            for result in handle.ports.results[segment]
-        ]
 
     def settle(self, step: Step) -> None:
         """Wait for a step and those before it."""
@@ -220,7 +204,7 @@ class LocalEngine:
                 oldest = self._flying[0]
                 handle = oldest.handle
                 self._crew.wait(oldest.sequence, self.limits.step if handle.runs > 1 else self.limits.first)
-                if oldest.updates:
+                if oldest.plan.updated:
                     sequence = self._crew.post(packets.Packet(packets.Op.COMMIT, handle.number, 0, oldest.ticket.number))
                     self._crew.wait(sequence, self.limits.step)
                 oldest.finish()

@@ -116,7 +116,7 @@ def test_released_tickets_give_their_memory_back(engine):
     gc.collect()
     base = default_arena().live_blocks()
     tickets = [engine.forward(handle, [x])[0] for _ in range(4)]
-    assert default_arena().live_blocks() == base + 4
+    assert default_arena().live_blocks() == base + 4  # their inputs
     for ticket in tickets[:2]:
         engine.release(ticket)
         engine.release(ticket)

@@ -113,6 +113,14 @@ def test_a_block_returns_when_its_storage_dies_not_its_tensor():
     assert arena.empty((64, 64), torch.float32).data_ptr() == address
 
 
+def test_memory_of_one_size_can_be_used_for_another():
+    arena = SharedArena()
+    for size in (1, 3, 7, 11):
+        blocks = [arena.empty((size << 20,), torch.uint8) for _ in range(2)]
+        del blocks
+    assert arena.total_bytes() == SEGMENT_BYTES
+
+
 def test_allocated_tensors_are_no_views_and_may_be_changed_in_place_under_autograd():
     arena = SharedArena()
     (a, b), _ = arena.allocate(BlockPlan.of([((2, 3), torch.float32), ((4,), torch.float32)]))
