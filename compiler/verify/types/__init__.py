@@ -1,7 +1,8 @@
 """Placement types: is the distribution of a lowered program right, on all ranks at once?"""
 
-from .check import Finding, TypeReport, check_types
+from .check import check_types
 from .erase import erase
+from .findings import Finding, TypeReport
 from .value import Axes, Cut, Dim, Type
 
 __all__ = ["Axes", "Cut", "Dim", "Finding", "Type", "TypeReport", "check_types", "erase"]

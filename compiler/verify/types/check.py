@@ -18,7 +18,6 @@ import functools
 import gc
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,45 +25,13 @@ import torch.fx as fx
 
 from ...errors import InputError
 from ...program import Program, note, tensor_leaves
+from .arguments import all_whole, arguments, mentions
 from .declared import agree, hints_of
+from .findings import Finding, TypeReport, resolve
 from .integers import evaluate, is_integer_function
 from .problem import IllTyped, Moved, Op, Untypable
 from .table import ALWAYS, rule_of
 from .value import Axes, Type
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One node that is wrong, or that the types cannot judge. sources: the user's lines, of the node and of the operands named."""
-
-    node: str
-    op: str
-    message: str
-    sources: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = " and ".join(dict.fromkeys(source for source in self.sources if source)) or "an unknown line"
-        return f"{self.node} = {self.op}: {self.message} (from {lines})"
-
-
-@dataclass(frozen=True)
-class TypeReport:
-    """problems: nodes that are wrong. untyped: nodes without a derivation; assumed: those of them whose declared layout was used.
-
-    types: per node, a Type, an integer, or a tuple of them; None where there is no type.
-    """
-
-    problems: tuple[Finding, ...]
-    untyped: tuple[Finding, ...]
-    ops: int
-    axes: Axes
-    types: dict[fx.Node, Any] = field(repr=False)
-    typed: dict[fx.Node, Op] = field(repr=False)
-
-    @property
-    def status(self) -> str:
-        """``ill-typed``, ``typed``, or ``untypable`` when some values have to be judged by an execution."""
-        return "ill-typed" if self.problems else "untypable" if self.untyped else "typed"
 
 
 @contextlib.contextmanager
@@ -90,12 +57,16 @@ def check_types(program: Program, original: Program | None = None) -> TypeReport
     """Type a lowered program. original: if given, its shapes must be the global ones. Raises InputError for a logical program."""
     if program.mesh is None:
         raise InputError("expected a program lowered to a mesh, found a logical one; there is nothing to type")
-    checker = _Checker(program, original)
     with _without_collector():
-        for node in program.nodes:
-            if node.op != "output":
-                checker.node(node)
-        checker.results()
+        return resolve(functools.partial(_check, program, original), program)
+
+
+def _check(program: Program, original: Program | None, flipped: frozenset[fx.Node]) -> TypeReport:
+    checker = _Checker(program, original)
+    for node in program.nodes:
+        if node.op != "output":
+            checker.node(node, flipped=node in flipped)
+    checker.results()
     return TypeReport(tuple(checker.problems), tuple(checker.untyped), checker.ops, checker.axes, checker.types, checker.typed)
 
 
@@ -109,14 +80,17 @@ class _Checker:
         self.problems: list[Finding] = []
         self.untyped: list[Finding] = []
         self.ops = 0
+        self.original = original
         self.originals = {} if original is None else {n.name: n for n in original.nodes if "val" in n.meta}
 
     # one node ----------------------------------------------------------------------------------------------------------------
 
-    def node(self, node: fx.Node) -> None:
+    def node(self, node: fx.Node, *, flipped: bool) -> None:
+        """Type one node."""
         self.ops += node.op == "call_function"
         hints = hints_of(node, self.axes)
         op = Op(self.axes, node, hints)
+        op.flipped = flipped
         try:
             found = self._derive(node, op)
             self._compare_shapes(node, found)
@@ -141,14 +115,14 @@ class _Checker:
         args = arguments(node, self.types)
         if is_integer_function(target):
             return evaluate(self.axes, target, args)
-        if _mentions(args, UNTYPED):
+        if mentions(args, UNTYPED):
             raise Untypable("it depends on a value without a type")
         packet = getattr(target, "overloadpacket", None)
         if (
             packet not in ALWAYS
             and not self._draws(target)
             and all(hint is None or self._is_whole_hint(hint) for hint in op.hints)
-            and _all_whole(args)
+            and all_whole(args)
         ):
             return self._whole(node)
         rule = rule_of(target)
@@ -257,10 +231,15 @@ class _Checker:
 
     def results(self) -> None:
         """No result leaves unfinished by accident."""
+        whole = {} if self.original is None else dict(zip(self.original.signature.outputs, self.original.results, strict=True))
         for role, node in zip(self.program.signature.outputs, self.program.results, strict=True):
             if node is None or not isinstance(self.types.get(node), Type):
                 continue
             found: Type = self.types[node]
+            true = whole.get(role)
+            if true is not None and tuple(true.meta["val"].shape) != found.shape:
+                text = f"the result {role} is {self._show(found)}, the original is {list(true.meta['val'].shape)}"
+                self.problems.append(self._finding(node, IllTyped(text)))
             if note(node).layouts is None and found.is_partial:
                 text = f"the result {role} leaves as {self.axes.describe(found)} and is declared nowhere: a reduction is missing"
                 self.problems.append(self._finding(node, IllTyped(text)))
@@ -273,45 +252,3 @@ class _Checker:
             if isinstance(argument, fx.Node):
                 lines.append(note(argument).source)
         return Finding(node.name, str(node.target), str(problem), tuple(lines))
-
-
-@functools.cache
-def schema_of(target: Any) -> tuple[tuple[str, Any], ...]:
-    schema = getattr(target, "_schema", None)
-    if schema is None:
-        return ()
-    return tuple((argument.name, argument.default_value if argument.has_default_value() else None) for argument in schema.arguments)
-
-
-def arguments(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:
-    """All arguments in schema order, defaults filled in, nodes replaced by their types."""
-    found = [_replaced(arg, values) for arg in node.args]
-    schema = schema_of(node.target)
-    for name, default in schema[len(found) :]:
-        found.append(_replaced(node.kwargs[name], values) if name in node.kwargs else default)
-    return found
-
-
-def _replaced(argument: Any, values: dict[fx.Node, Any]) -> Any:
-    if isinstance(argument, fx.Node):
-        return values[argument]
-    if isinstance(argument, (list, tuple)):
-        return [_replaced(item, values) for item in argument]
-    return argument
-
-
-def _mentions(args: list[Any], marker: object) -> bool:
-    return any(arg is marker or (isinstance(arg, list) and _mentions(arg, marker)) for arg in args)
-
-
-def _all_whole(args: list[Any]) -> bool:
-    for arg in args:
-        if isinstance(arg, Type):
-            if not arg.is_whole:
-                return False
-        elif isinstance(arg, list):
-            if not _all_whole(arg):
-                return False
-        elif not isinstance(arg, (int, float, str, bool, type(None))) and hasattr(arg, "flat"):
-            return False
-    return True

@@ -18,8 +18,10 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ...errors import UnsupportedError
 from ...program import NOTE, Program, annotate, note
-from .check import TypeReport, check_types, schema_of
+from .arguments import schema_of
+from .check import check_types
 from .factors import permutation
+from .findings import TypeReport
 from .integers import is_integer_function
 from .problem import Moved, Op
 from .value import Type

@@ -98,7 +98,7 @@ def _take(op: Op, queue: list[Atom], position: int, size: Integer, remaining: in
         atom = queue[-1]
         done = _done(op, local, block, size)
         if atom.axis >= 0:
-            if done and not _belongs_here(queue, position, remaining, hints, started=whole > 1 or bool(cuts)):
+            if done and not _belongs_here(op, queue, position, remaining, hints, started=whole > 1 or bool(cuts)):
                 break
             queue.pop()
             cuts.append(Cut(atom.axis, whole))
@@ -148,14 +148,19 @@ def _fitting(op: Op, atom: int, local: int, block: Dim | None, size: Integer) ->
     return taken
 
 
-def _belongs_here(queue: list[Atom], position: int, remaining: int, hints: dict[int, int], *, started: bool) -> bool:
+def _belongs_here(op: Op, queue: list[Atom], position: int, remaining: int, hints: dict[int, int], *, started: bool) -> bool:
     """Whether an axis that stands right behind a finished dimension is its innermost factor, not the next one's outermost."""
     atom = queue[-1]
     if remaining == 0:
         return True
     if atom.axis in hints:
         return hints[atom.axis] <= position
-    return not atom.follows and not started
+    if not started and not atom.follows:
+        return True
+    if started and atom.follows:
+        return False
+    op.ambiguous = True
+    return op.flipped
 
 
 def _show(size: Integer) -> str:

@@ -40,12 +40,16 @@ class Op:
     target: the op that the 1-rank program calls instead, None for the same; new_args: arguments (by schema position) that differ
     in it; becomes: argument that replaces the node in it (-1: none); moves_in, moves_out: changes of reading before and after the
     op; times: factor on the result in the 1-rank program; undo_scale: (argument, number of ranks) where it stands for what it was
-    before a division by that number; look_ahead: the declared type of the first declared node behind this one.
+    before a division by that number; look_ahead: the declared type of the first declared node behind this one;
+    ambiguous: a view placed an axis that cut a dimension into pieces of length 1, which may belong to either neighbour, and
+    ``flipped`` asks for the other one.
     """
 
     __slots__ = (
+        "ambiguous",
         "axes",
         "becomes",
+        "flipped",
         "hints",
         "look_ahead",
         "moves_in",
@@ -68,6 +72,8 @@ class Op:
         self.moves_out: list[Moved] = []
         self.times: int | None = None
         self.undo_scale: list[tuple[int, int]] = []
+        self.ambiguous = False
+        self.flipped = False
         self.look_ahead: Callable[[], Type | None] | None = None
 
     def wrong(self, message: str, *operands: int) -> IllTyped | Untypable:
