@@ -69,7 +69,7 @@ def plan(
     cut_weights = [_cut_weights(view, of_axis) for of_axis in of_ops]
     restrictions = port_restrictions(view, mesh, chosen, constraints or {}, outputs, cut_weights)
     candidates = [_without_unmade(view, _with_ports(view, *pair)) for pair in zip(of_ops, restrictions, strict=True)]
-    search = _Search(view, mesh, cluster, chosen, restrictions, candidates)
+    search = _Search(view, mesh, cluster, rules, chosen, restrictions, candidates)
     return search.limited(memory_limit) if memory_limit is not None else search.plan(search.best())
 
 
@@ -83,7 +83,7 @@ def _op_candidates(view: View, mesh: Mesh, rules: Rules) -> Candidates:
             key = (site.signature, len(site.uses), parts)
             if key not in known:
                 ask = site.is_op and parts > 1 and any(v is not None for v in (*site.uses, *site.makes))
-                known[key] = tuple(rules.rules(site.node, parts)) if ask else (whole_rule(site),)
+                known[key] = rules.rules(site.node, parts) if ask and site.node is not None else (whole_rule(site),)
             of_axis.append(known[key])
         found.append(of_axis)
     return found
@@ -157,6 +157,7 @@ class _Search:
     view: View
     mesh: Mesh
     cluster: Cluster
+    rules: Rules
     tactics: tuple[Tactic, ...]
     restrictions: list[dict[int, Restriction]]
     candidates: Candidates
@@ -291,7 +292,7 @@ class _Search:
         )
         decisions = (
             *reasons.parameter_decisions(found.pricing, found.problems, found.solutions, self.restrictions),
-            *reasons.uncut_decisions(found.pricing, self.candidates, found.choices),
+            *reasons.uncut_decisions(found.pricing, self.rules, self.candidates, found.choices),
             *reasons.redistribution_decisions(found.pricing, nodes, results),
         )
         return Plan(self.mesh, nodes, results, cost, Certificate(cost.seconds, bound, found.method), decisions)

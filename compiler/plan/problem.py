@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch.fx as fx
 
 from ...runtime.mesh import Mesh
 from ..cost.cluster import Cluster
@@ -38,8 +39,12 @@ MAX_SETS = 256
 class Rules(Protocol):
     """What the planner needs of the rule table."""
 
-    def rules(self, node: object, parts: int) -> tuple[Rule, ...]:
+    def rules(self, node: fx.Node, parts: int) -> tuple[Rule, ...]:
         """Ways to run a node cut into ``parts`` along one axis, all-Replicate first."""
+        ...
+
+    def explain(self, node: fx.Node, parts: int) -> str:
+        """Why a node has only the rule that leaves it whole; "" if it has others."""
         ...
 
 

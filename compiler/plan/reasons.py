@@ -14,7 +14,7 @@ from ..rules.rule import Rule
 from .constraints import Restriction
 from .elimination import INFINITE
 from .plan import NodePlan
-from .problem import AVOIDED, UNIT, AxisProblem, Choice, Pricing
+from .problem import AVOIDED, UNIT, AxisProblem, Choice, Pricing, Rules
 from .view import Site
 
 BY = "plan"
@@ -79,7 +79,7 @@ def _next_best(problem: AxisProblem, solution: Sequence[int], index: int, touchi
 
 
 def uncut_decisions(
-    pricing: Pricing, candidates: Sequence[Sequence[tuple[Rule, ...]]], choices: Sequence[Choice]
+    pricing: Pricing, rules: Rules, candidates: Sequence[Sequence[tuple[Rule, ...]]], choices: Sequence[Choice]
 ) -> Iterator[Decision]:
     """One per op with real work that no rule cuts on some axis, with the time that a cut would have saved."""
     for index, site in enumerate(pricing.view.sites):
@@ -96,7 +96,8 @@ def uncut_decisions(
         lost = sum(busy * (1 - 1 / parts) for _, parts in axes)
         if lost > 0:
             names = ", ".join(name for name, _ in axes)
-            reason = f"no rule cuts {site.node.target}: every rank of {names} computes all of it"
+            why = rules.explain(site.node, axes[0][1]) or f"no rule of {site.node.target} fits what comes before it"
+            reason = f"{why}; every rank of {names} computes all of it"
             yield Decision(BY, site.name, applied=False, reason=reason, gain=-lost, source=pricing.view.source_of(site))
 
 

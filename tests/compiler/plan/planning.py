@@ -43,6 +43,9 @@ class TinyRules:
         inputs = 2 if node.target in (aten.mm.default, aten.add.Tensor, aten.mul.Tensor) else 1
         return (Rule((R,) * inputs, (R,), "whole"), *(Rule(i, (o,), "tiny") for i, o in cuts))
 
+    def explain(self, node, parts):
+        return f"no rule for {node.target}" if len(self.rules(node, parts)) == 1 else ""
+
 
 def program_of(function, inputs, outputs, sizes=None):
     """A Program of a function of tensors. inputs: (Role, tensor) pairs; outputs: roles of what it returns (a tuple)."""

@@ -107,3 +107,14 @@ def test_a_memory_limit_cuts_parameters_or_says_what_is_the_least():
     assert limited.certificate.lower_bound <= free.cost.seconds <= limited.cost.seconds
     with pytest.raises(PlanError, match=r"memory_limit is 100 bytes a rank, but the least .* is \d+"):
         plan(program, Mesh.parse("d=4"), TinyRules(), CLUSTER, memory_limit=100)
+
+
+def test_an_op_without_a_rule_is_whole_and_says_what_that_costs():
+    def run(x, w):
+        return (aten.mm.default(aten.tanh.default(x), w),)
+
+    inputs = [(role("input", "x"), torch.ones(64, 64)), (role("param", "w"), torch.ones(64, 64))]
+    found = plan(program_of(run, inputs, [role("output", "y")]), Mesh.parse("d=2"), TinyRules(), CLUSTER)
+    (decision,) = [d for d in found.decisions if d.node == "tanh" and not d.applied]
+    assert "no rule for aten.tanh.default; every rank of d computes all of it" in decision.reason
+    assert decision.gain == pytest.approx(-(2 * 64 * 64 * 4 / 1e9) / 2)
