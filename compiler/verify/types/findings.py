@@ -53,9 +53,9 @@ class TypeReport:
 def resolve(check: Callable[[frozenset[fx.Node]], TypeReport], program: Program) -> TypeReport:
     """Check; where it fails behind views that had a choice, try the other choices, breadth first.
 
-    Around a dimension of local length 1 an axis may belong to either neighbour after a view. Both readings are right, so a program is
-    well typed if any choice types it. Views of the same sizes are flipped together. The report of the first attempt is returned where
-    none of the RETRIES is without problems.
+    Around a dimension of local length 1 an axis may belong to either neighbour after a view. Both readings are right, so a program
+    is well typed if any choice types it. Views of the same sizes are flipped together. The report of the first attempt is returned
+    where none of the RETRIES is without problems.
     """
     first = check(frozenset())
     if not first.problems:
