@@ -2,7 +2,7 @@
 
 Against zero, ``x > 0`` is a multiplicative sign, so relu(c x) = c relu(x) for positive c and relu(x) - relu(-x) = x. Between
 values a total order on canonical representatives is used, so that max, sort, top-k and pooling are exact in any grouping. Where
-both sides have a known real value (masks, positions) the real order decides. Everything else explores one branch per draw: more draws.
+both sides have a known real value (masks, positions) the real order decides. Everything else explores one branch per draw.
 """
 
 from __future__ import annotations

@@ -262,6 +262,12 @@ def to_dtype(alg: Algebra, x: Value, dtype: torch.dtype | None = None, **options
     return value.known.to(dtype)
 
 
+def to_any(alg: Algebra, x: Value, *arguments: Any, dtype: torch.dtype | None = None, **options: Any) -> Value:
+    """The overloads of ``to``: the dtype counts, the device does not."""
+    found = [argument for argument in arguments if isinstance(argument, torch.dtype)]
+    return to_dtype(alg, x, found[0] if found else dtype)
+
+
 def identity(alg: Algebra, x: Value, *arguments: Any, **options: Any) -> RingTensor:
     """The value itself."""
     return alg.lift(x)
@@ -330,6 +336,7 @@ POINTWISE: dict[Any, Callable[..., Any]] = {
     aten.isnan: lambda alg, x: torch.zeros(x.shape, dtype=torch.bool),
     aten.isinf: lambda alg, x: alg.is_minus_infinity(x),
     aten._to_copy: to_dtype,
+    aten.to: to_any,
     prims.convert_element_type: to_dtype,
     **{getattr(aten, name): comparison(name) for name in ("eq", "ne", "gt", "ge", "lt", "le")},
     **dict.fromkeys(
