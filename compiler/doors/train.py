@@ -49,6 +49,7 @@ class TrainStep:
         engine = self.session.engine
         ticket, results = engine.forward(loaded.handle, loaded.inputs(pytree.tree_leaves((args, kwargs)), seed))
         engine.release(ticket)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at before they warn of a wrong order
         (loss,) = loaded.outputs(results)
         return loss
 
