@@ -30,7 +30,7 @@ class Step(NamedTuple):
     in the frame; output: the slot of the result, -1 when the result is spread over ``spread``; frees: slots to drop afterwards.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
     kind: str
     call: Callable[..., Any] | None
     inputs: tuple[int, ...]

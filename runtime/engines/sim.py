@@ -146,10 +146,10 @@ class SimEngine:
             value = assemble([piece for piece in pieces if piece is not None], handle.program.outputs[port].layout, self.mesh)
             outputs.append(value)
         for position, port in enumerate(handle.program.segment_outputs(segment)):
-            value = outputs[position]
-            if port in written and value is not None:
+            update = outputs[position]
+            if port in written and update is not None:
                 with torch.no_grad():
-                    outputs[position] = handle.bound[written[port]].copy_(value)
+                    outputs[position] = handle.bound[written[port]].copy_(update)
         return outputs
 
 

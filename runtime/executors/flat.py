@@ -42,7 +42,7 @@ class Monitor(Protocol):
 class Stamp(NamedTuple):
     """When an instruction ran: nanoseconds of ``time.monotonic_ns``."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
     start: int
     stop: int
 
@@ -56,7 +56,7 @@ class _Code(NamedTuple):
     output: int
     spread: tuple[int, ...]
     frees: tuple[int, ...]
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Frame:

@@ -32,7 +32,7 @@ def run_lockstep(
     inputs_per_rank: per rank one tensor per input port, tangents included; the same object on several ranks is computed with once.
     dtype: replaces every floating dtype of the program and of its inputs. Returns per rank one result per output port.
     """
-    executor = lockstep_executor(programs, dtype=dtype)
+    executor: Any = lockstep_executor(programs, dtype=dtype)  # either kind, with its own kind of frame
     frame = executor.open(inputs_per_rank)
     found: list[dict[int, torch.Tensor | None]] = [{} for _ in inputs_per_rank]
     for name in [segment.name for segment in executor.programs[0].segments]:
