@@ -18,6 +18,7 @@ import torch
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _HOCKET = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_DEMO = os.path.join(_HOCKET, "demo") + os.sep  # its model plays the part of a user's
 _STDLIB = os.path.abspath(sysconfig.get_paths()["stdlib"]) + os.sep
 _SITE = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
 _known_files: dict[str, bool] = {}
@@ -29,7 +30,8 @@ def is_user_file(filename: str) -> bool:
     if known is None:
         path = os.path.abspath(filename)
         standard = path.startswith(_STDLIB) and not any(part in path for part in _SITE)
-        known = not (filename.startswith("<") or path.startswith((_TORCH, _HOCKET)) or standard)
+        ours = path.startswith(_HOCKET) and not path.startswith(_DEMO)
+        known = not (filename.startswith("<") or path.startswith(_TORCH) or ours or standard)
         if filename.startswith(("<stdin>", "<ipython-input")):
             known = True
         _known_files[filename] = known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
@@ -32,7 +32,6 @@ class Group:
     layout: str
     why: str
     count: int = 1
-    members: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, object]:
         """As a JSON row."""
@@ -53,7 +52,8 @@ def parameter_groups(program: Program, plan: Plan) -> list[Group]:
     for node, role in zip(program.placeholders, program.signature.inputs, strict=True):
         if role.kind in (RoleKind.PARAM, RoleKind.BUFFER, RoleKind.INPUT):
             layout = plan.nodes[node.name].outputs[0]
-            found.append(Group(pattern(role.name), str(role.kind), _shape(node), format_layout(layout), reasons.get(node.name, "")))
+            _, _, why = reasons.get(node.name, "").partition(", ")  # the part before it names the tensor and its layout
+            found.append(Group(pattern(role.name), str(role.kind), _shape(node), format_layout(layout), why))
     return list(_merged(found))
 
 
