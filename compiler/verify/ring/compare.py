@@ -17,6 +17,7 @@ from ....runtime.mesh import Mesh
 from ...errors import CollectiveMismatch, HocketError, InputError, UnsupportedError, VerificationError
 from ...layout import Layout, replicated
 from ...program import Program, Role, note
+from ..ranks import RankGraphs
 from .algebra import Algebra
 from .arithmetic import ring_of
 from .bound import Evidence, bound_of
@@ -85,16 +86,14 @@ class _Session:
     def decide(self, rings: tuple[int, ...], seeds: int | None) -> RingVerdict:
         evidence: list[Draw] = []
         for p in rings:
-            wanted, seed = seeds or 1, 0
-            poisoned = ""
+            wanted, seed, widened = seeds or 1, 0, seeds is not None
             while wanted:
                 draw = Draw(p, seed)
                 seed += 1
                 differences, poison = self._one(draw)
                 if poison:
-                    poisoned = poison
                     if seed > (seeds or 1) + _ORDER_DRAWS + _REDRAWS:
-                        return self._verdict(Status.POISON, rings, reason=poisoned)
+                        return self._verdict(Status.POISON, rings, reason=poison)
                     continue
                 if differences and not self.canonical and self._canonicalise():
                     differences, poison = self._one(draw)
@@ -102,8 +101,8 @@ class _Session:
                     return self._verdict(Status.DIFFERENT, rings, differences=differences)
                 evidence.append(draw)
                 wanted -= 1
-                if seeds is None and len(evidence) % _ORDER_DRAWS == 1 and "order" in self.used and seed == 1:
-                    wanted = _ORDER_DRAWS - 1
+                if "order" in self.used and not widened:
+                    wanted, widened = wanted + _ORDER_DRAWS - 1, True
         bound = bound_of(Evidence((self.original, self.transformed), tuple(d.p for d in evidence), frozenset(self.used)))
         return self._verdict(Status.EQUAL, rings, bound=bound)
 
@@ -113,7 +112,7 @@ class _Session:
 
     def _canonicalise(self) -> bool:
         """Rewrite both programs to canonical form once, where roots were involved; False where that changes nothing."""
-        if "root" not in self.used:
+        if "root" not in self.used or isinstance(self.transformed, RankGraphs):
             return False
         left, right = canonical_form(self.original), canonical_form(self.transformed)
         if left is self.original and right is self.transformed:
@@ -155,7 +154,8 @@ def evaluate(
         layout = _layout(program, node)
         pieces.append(cut_value(algebra, value, layout, mesh) if hasattr(value, "shape") else [value] * mesh.size)
     by_rank = [[piece[rank] for piece in pieces] for rank in range(mesh.size)]
-    outputs = interpret_ranks([program.graph], by_rank, mesh, algebra, watch=watch, extensions=extensions)
+    graphs = program.graphs if isinstance(program, RankGraphs) else (program.graph,)
+    outputs = interpret_ranks(graphs, by_rank, mesh, algebra, watch=watch, extensions=extensions)
     result: dict[Role, Value] = {}
     for position, (role, made) in enumerate(zip(program.signature.outputs, program.results, strict=True)):
         held = [output[position] for output in outputs]

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .ops.activations import ACTIVATIONS
 from .ops.attention import ATTENTION
 from .ops.decomposed import decompositions
 from .ops.factories import FACTORIES
@@ -25,6 +26,7 @@ Meaning = Callable[..., Any]
 
 FAMILIES: tuple[Mapping[Any, Meaning], ...] = (
     POINTWISE,
+    ACTIVATIONS,
     REDUCTIONS,
     VIEWS,
     INDEXING,
