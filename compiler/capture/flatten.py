@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from ..errors import CaptureError
-from ..program import NOTE, Note, Phase, Role, RoleKind, annotate, note, output_node
+from ..program import NOTE, Note, Phase, Role, RoleKind, note, output_node
 from .trace import Raw
 
 _aten = torch.ops.aten
@@ -70,32 +70,36 @@ def mutates(node: fx.Node) -> bool:
 
 
 def _ordered(raw: Raw, mode: FakeTensorMode) -> Flat:
-    """Placeholders first and in order; a get_attr node of a constant tensor becomes a placeholder."""
-    graph, mapping = fx.Graph(), {}
+    """Placeholders first and in order; a get_attr node of a constant becomes a placeholder. Changes the trace's own graph."""
+    graph = raw.graph.graph
     constants, attributes = _constants(raw.graph)
-    entries: list[tuple[Role, fx.Node | None]] = [(raw.inputs[n.name], n) for n in raw.graph.graph.nodes if n.op == "placeholder"]
-    entries += [(Role(RoleKind.CONSTANT, name), None) for name in constants]
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    entries = [(raw.inputs[node.name], node) for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_before(anchor):
+        made = {name: graph.placeholder(name) for name in constants}
+    for name, node in made.items():
+        node.meta["val"] = mode.from_tensor(constants[name].detach(), static_shapes=True)
+        entries.append((Role(RoleKind.CONSTANT, name), node))
     entries.sort(key=lambda entry: _ORDER.index(entry[0].kind))
-    named: dict[str, fx.Node] = {}
-    for role, old in entries:
-        node = graph.placeholder(identifier(role))
-        if old is not None:
-            mapping[old] = node
-            node.meta["val"] = old.meta["val"]
-        else:
-            named[role.name] = node
-            node.meta["val"] = mode.from_tensor(constants[role.name].detach(), static_shapes=True)
-        node.meta[NOTE] = Note(role=role)
-    for old in raw.graph.graph.nodes:
-        if old.op == "get_attr":
-            mapping[old] = named[attributes[str(old.target)]]
-        elif old.op == "call_function":
-            mapping[old] = graph.node_copy(old, lambda n: mapping[n])
-        elif old.op == "output":
-            graph.output(tuple(mapping[x] if isinstance(x, fx.Node) else x for x in old.args[0]))
-        elif old.op != "placeholder":
-            raise CaptureError(f"cannot capture {note(old).source}: the trace holds a {old.op} node; use plain tensor ops there")
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            node.replace_all_uses_with(made[attributes[str(node.target)]])
+            graph.erase_node(node)
+        elif node.op not in ("placeholder", "call_function", "output"):
+            raise CaptureError(f"cannot capture {note(node).source}: the trace holds a {node.op} node; use plain tensor ops there")
+    anchor = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    for role, node in entries:
+        anchor.prepend(node)
+        _name_input(node, role)
+    results = output_node(graph)
+    results.args = (tuple(results.args[0]),)  # type: ignore[arg-type]
     return Flat(graph, [role for role, _ in entries], list(raw.outputs), constants)
+
+
+def _name_input(node: fx.Node, role: Role) -> None:
+    node._rename(identifier(role))
+    node.target = node.name
+    node.meta[NOTE] = Note(role=role)
 
 
 def _constants(module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -126,6 +130,11 @@ def _source_of(node: fx.Node) -> str:
     return next((note(user).source for user in node.users if note(user).source), note(node).source) or "the model"
 
 
+def lazy_module(graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule whose Python code is only written when somebody asks for it."""
+    return _LazyGraphModule(torch.nn.Module(), graph)
+
+
 def identifier(role: Role) -> str:
     """A node name for an input."""
     return re.sub(r"\W+", "_", f"{role.kind.value}_{role.name}").strip("_")
@@ -150,7 +159,7 @@ class _Replay(fx.Interpreter):
 
 def _functional(flat: Flat, mode: FakeTensorMode) -> Flat:
     """The same graph without in-place ops; changed inputs come out as UPDATE outputs."""
-    module = fx.GraphModule(torch.nn.Module(), flat.graph)
+    module = lazy_module(flat.graph)
     placeholders = [n for n in flat.graph.nodes if n.op == "placeholder"]
     absent = [x is None for x in output_node(flat.graph).args[0]]  # type: ignore[union-attr]
 
@@ -161,7 +170,7 @@ def _functional(flat: Flat, mode: FakeTensorMode) -> Flat:
         return [value for value, missing in zip(results, absent, strict=True) if not missing]
 
     wrapped: Callable[..., Any] = torch.func.functionalize(run, remove="mutations")
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _use_lazy_graph_module(True):  # noqa: FBT003
         traced = make_fx(lambda *values: wrapped(*values))(*[_fresh(n.meta["val"]) for n in placeholders])
     roles = dict(zip([n for n in traced.graph.nodes if n.op == "placeholder"], flat.inputs, strict=True))
     results = iter(output_node(traced.graph).args[0])  # type: ignore[arg-type]
@@ -171,8 +180,7 @@ def _functional(flat: Flat, mode: FakeTensorMode) -> Flat:
         _to_update(node, roles, outputs, values)
     output_node(traced.graph).args = (tuple(values),)
     for node, role in roles.items():
-        node.name = node.target = identifier(role)
-        node.meta[NOTE] = Note(role=role)
+        _name_input(node, role)
     return Flat(traced.graph, flat.inputs, outputs, flat.constants)
 
 
@@ -261,16 +269,12 @@ def _finish_notes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "output":
             continue
-        found = note(node)
-        sources = [note(n) for n in node.all_input_nodes]
-        changes: dict[str, Any] = {"origin": node.name}
-        if node.op == "call_function" and not found.source:
-            known = next((n for n in sources if n.source), None)
-            if known is not None:
-                changes.update(source=known.source, module=known.module, region=known.region)
-        if any(n.phase is not Phase.FORWARD for n in sources) and found.phase is Phase.FORWARD:
-            changes["phase"] = next(n.phase for n in sources if n.phase is not Phase.FORWARD)
-        if NOTE not in node.meta:
-            node.meta[NOTE] = dataclasses.replace(found, **changes)
+        found, heir = note(node), note(node)
+        if node.op == "call_function" and (not found.source or found.phase is Phase.FORWARD):
+            sources = [note(n) for n in node.all_input_nodes]
+            if not found.source:
+                heir = next((n for n in sources if n.source), found)
+            phase = next((n.phase for n in sources if n.phase is not Phase.FORWARD), found.phase)
         else:
-            annotate(node, **changes)
+            phase = found.phase
+        node.meta[NOTE] = Note(found.role, phase, heir.region, heir.source, heir.module, origin=node.name)

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -25,7 +24,7 @@ from ..program import Decision, Literal, Program, Role, RoleKind, Signature, che
 from .blocks import BlockGroup, find_blocks
 from .failures import FATAL, capture_error, explain
 from .fallback import GraphCall, dynamo_graph, export_graph
-from .flatten import Flat, flatten
+from .flatten import Flat, flatten, lazy_module
 from .leaves import Leaf, check_target, check_tensors, flatten_inputs
 from .lift import ModuleTensors, Snapshot, fake_like, tensors_of
 from .regions import Regions, mark_regions
@@ -182,8 +181,7 @@ class Example:
             tied=self.tensors.tied,
         )
         linecache.checkcache()
-        graph = fx.GraphModule(nn.Module(), flat.graph)
-        program = Program(graph=graph, signature=signature, constants=flat.constants, sizes=sizes)
+        program = Program(graph=lazy_module(flat.graph), signature=signature, constants=flat.constants, sizes=sizes)
         check_program(program)
         return program
 

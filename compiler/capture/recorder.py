@@ -41,6 +41,7 @@ class Recorder(TorchDispatchMode):
         self.finder = finder
         self.random = random
         self._by_sequence: dict[int, tuple[str, str]] = {}
+        self._around = torch._C._current_graph_task_id()  # a block may be traced while the backward of its model runs
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,7 +63,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _note(self, frame: Any) -> Note:
-        backward = in_backward()
+        backward = torch._C._current_graph_task_id() not in (-1, self._around)
         source, module = self.finder.locate(frame, outer=0 if backward else self.finder.outer)
         if not backward:
             # The node of autograd's graph is created just before its op is dispatched, so its number is the last one given.

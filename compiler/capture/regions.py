@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, t
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import HocketError
-from ..program import NOTE, Decision, Literal, Phase, Region, Role, RoleKind, annotate, note, output_node
+from ..program import NOTE, Decision, Literal, Note, Phase, Region, Role, RoleKind, annotate, note, output_node
 from .blocks import BlockGroup, Poison, tensor_form
 from .failures import FATAL
 from .flatten import Flat, flatten, mutates
@@ -208,12 +208,12 @@ def _build(request: Request) -> Template:
     """Trace a block. Raises _Unsafe where its nodes cannot be copied."""
     tracer = Tracer(request)
     raw = tracer.run()
+    if tracer.random.drawn or tracer.updates or not all(_plain(leaf.value) for leaf in raw.out_leaves if isinstance(leaf, Literal)):
+        raise _Unsafe("it draws random numbers, replaces a buffer, or returns an object")
     if any(mutates(node) for node in raw.graph.graph.nodes):
         raise _Unsafe("it changes a tensor in place")
     if any(node.op == "get_attr" for node in raw.graph.graph.nodes):
         raise _Unsafe("it uses a tensor that is neither its own nor an argument")
-    if tracer.random.drawn or tracer.updates or not all(_plain(leaf.value) for leaf in raw.out_leaves if isinstance(leaf, Literal)):
-        raise _Unsafe("it draws random numbers, replaces a buffer, or returns an object")
     flat = flatten(raw, request.mode)
     names = [role.name for role in flat.outputs if role.kind is RoleKind.OUTPUT]
     tangents = [names.index(role.name) for role in flat.inputs if role.kind is RoleKind.TANGENT]
@@ -258,12 +258,16 @@ class _Run:
 
     def _copy(self, nodes: list[fx.Node], sources: dict[Any, Any]) -> None:
         graph, mapping = self.tracer.graph, self.mapping
+        renamed: dict[Any, Note] = {}
         for old in nodes:
             new = mapping[old] = graph.node_copy(old, mapping.__getitem__)
             said = note(old)
-            better = sources.get((said.source, said.module), said)
-            source, module = better.source.replace(_PREFIX, self.name), better.module.replace(_PREFIX, self.name)
-            new.meta[NOTE] = replace(said, source=source, module=module, region=self.region)
+            key = (said.source, said.module, said.phase)
+            if key not in renamed:
+                better = sources.get(key[:2], said)
+                source, module = better.source.replace(_PREFIX, self.name), better.module.replace(_PREFIX, self.name)
+                renamed[key] = replace(said, source=source, module=module, region=self.region)
+            new.meta[NOTE] = renamed[key]
 
     def _node_of(self, tensor: torch.Tensor) -> fx.Node:
         slot = get_proxy_slot(tensor, self.tracer, None)
@@ -286,14 +290,16 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ARG004
         ctx.run = run
-        ctx.set_materialize_grads(False)  # noqa: FBT003
-        values = run.forward()
+        ctx.set_materialize_grads(False)
+        with torch._C.DisableTorchFunction():  # a trace's mode would look at every size and stride that is read
+            values = run.forward()
         ctx.mark_non_differentiable(*(v for i, v in enumerate(values) if i not in run.template.tangents))
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return None, *ctx.run.backward([gradients[i] for i in ctx.run.template.tangents])
+        with torch._C.DisableTorchFunction():
+            return None, *ctx.run.backward([gradients[i] for i in ctx.run.template.tangents])
 
 
 def mark_regions(graph: fx.Graph, groups: list[BlockGroup]) -> None:

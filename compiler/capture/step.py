@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import InputError
 from ..program import Note, Phase, Program, Role, RoleKind, annotate, check_program, note
-from .flatten import identifier
+from .flatten import identifier, lazy_module
 from .front import Example
 from .optimizer import Update, check_optimizer, grouped, trace_update
 from .trace import Aim
@@ -110,9 +110,7 @@ class _Assembly:
         place = {role: i for i, role in enumerate(self.inputs)}
         moved = [leaf if not isinstance(leaf, int) else place[signature.inputs[leaf]] for leaf in signature.in_leaves]
         changes = {"inputs": tuple(self.inputs), "outputs": tuple(role for role, _ in outputs), "in_leaves": tuple(moved)}
-        program = self.program.replace(
-            graph=fx.GraphModule(nn.Module(), self.graph), signature=type(signature)(**{**vars(signature), **changes})
-        )
+        program = self.program.replace(graph=lazy_module(self.graph), signature=type(signature)(**{**vars(signature), **changes}))
         check_program(program)
         return program
 

@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec
@@ -91,7 +92,10 @@ class Tracer:
         """Trace. Whatever the user's function raises comes out as it is."""
         request = self.request
         request.finder.entry.add(self._step.__func__.__code__)  # type: ignore[attr-defined]
-        with _quiet_backends(), request.mode, self.random.generator_state(), torch.autograd.set_multithreading_enabled(False):
+        with contextlib.ExitStack() as stack:
+            for context in (_quiet_backends(), request.mode, self.random.generator_state(), _use_lazy_graph_module(True)):  # noqa: FBT003
+                stack.enter_context(context)
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             traced = make_fx(
                 lambda *flat: self._step(*flat), decomposition_table=exact_decompositions(), _allow_non_fake_inputs=True
             )

@@ -57,3 +57,32 @@ def test_the_module_is_left_exactly_as_found(train: bool) -> None:
     assert not hasattr(model, "last")
     assert model.linear.weight is weight
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_names_that_read_alike_stay_apart() -> None:
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.ParameterDict({"b": nn.Parameter(torch.randn(8))})
+            self.a_b = nn.Parameter(torch.randn(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.a["b"] + self.a_b
+
+    program = assert_like_eager(Alike(), (torch.randn(4, 8),))
+    assert set(program.signature.inputs_of(RoleKind.PARAM)) == {"a.b", "a_b"}
+    assert len({node.name for node in program.placeholders}) == len(program.signature.inputs)
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    program = assert_like_eager(lambda a, b: a.sin() + b["x"].cos(), (x, {"x": x}))
+    assert list(program.signature.outputs_of(RoleKind.GRADIENT)) == ["args[0]", "args[1]['x']"]
+
+
+def test_the_generated_code_of_a_program_runs() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    program = capture(model, (x,), train=False)
+    assert "addmm" in program.graph.code
+    (y,) = program.graph(model.weight, model.bias, x)
+    torch.testing.assert_close(y, model(x))
