@@ -19,12 +19,11 @@ from typing import Any
 
 from . import wire
 from .errors import RunError
-from .faults import AFTERWARDS, Evidence, diagnose
+from .faults import AFTERWARDS, Evidence, describe_exit, diagnose
 from .launcher import RankProcess, launcher
 from .mesh import Mesh
 from .monitor import Position, read_page
 from .program import RankProgram
-from .worker import describe_exit
 
 HOLD_BACK = 0.3
 """Seconds to wait for the cause of what looks like its shadow: a closed connection, an error of the network."""

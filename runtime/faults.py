@@ -6,6 +6,8 @@ without progress > an error of the network, which is the shadow of something els
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +108,16 @@ def process_state(pid: int) -> str:
             return file.read().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+def describe_exit(status: int | None) -> str:
+    """``was killed by SIGKILL``, ``exited with code 1``; from a wait status, None where nobody could say."""
+    if status is None:
+        return "is gone"
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exited with code {code}"
+    return f"was killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"was killed by signal {-code}"
 
 
 def diagnose(evidence: Evidence) -> RunError:

@@ -16,6 +16,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .mesh import Mesh
 from .program import RankProgram
@@ -58,8 +59,7 @@ class Stamp(enum.IntEnum):
     END = 4
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One collective that a rank entered: its axis, its number on that axis, fingerprint and instruction."""
 
     axis: int
@@ -183,9 +183,9 @@ def read_page(page: mmap.mmap, axes: int) -> Position:
     instruction, waiting, stamp = _AT.unpack_from(page, _AT_OFFSET)
     counts = struct.unpack_from(f"<{axes + 1}q", page, _COUNT_OFFSET)
     total = counts[-1]
-    entries = tuple(
-        Entry(*_ENTRY.unpack_from(page, _RING_OFFSET + k % RING * _ENTRY.size)) for k in range(max(0, total - RING + 2), total)
-    )
+    ring = [Entry(*entry) for entry in _ENTRY.iter_unpack(page[_RING_OFFSET : _RING_OFFSET + RING * _ENTRY.size])] if total else []
+    start, stop = max(0, total - RING + 2) % RING, total % RING
+    entries = tuple(ring[start:stop] if start <= stop else ring[start:] + ring[:stop])
     return Position(State(state), handle, sequence, segment, instruction, bool(waiting), stamp, counts[:-1], entries)
 
 

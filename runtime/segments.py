@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ import torch
 from .errors import RunError
 
 
-@dataclass(frozen=True)
-class Location:
+class Location(NamedTuple):
     """Where a tensor's first element lies: segment number and byte offset in it."""
 
     segment: int

@@ -14,11 +14,9 @@ import importlib.util
 import json
 import mmap
 import os
-import signal
 import socket
 import struct
 import traceback
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -29,13 +27,15 @@ from .errors import RunError
 from .executors.flat import FlatExecutor, Frame
 from .load import load
 from .mesh import Mesh
-from .monitor import PAGE_BYTES, PageWriter, State, collective_axes
+from .monitor import PAGE_BYTES, PageWriter, State
 from .ports import Piece, PortMap, writes
 from .program import RankProgram
 from .rendezvous import connect_local
+from .resident import Resident
 from .segments import Location, MappedSegments
 
 _MAX_TEXT = 40_000
+_MAX_VIEWS = 4096
 _COMMUNICATION = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "Socket Timeout", "Broken pipe")
 _MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "Unable to mmap")
 
@@ -54,23 +54,6 @@ def main(sock: socket.socket, page_fd: int, store_fd: int, config: dict[str, Any
     os._exit(0)
 
 
-@dataclass
-class Loaded:
-    """A program on this rank. ``bound``: views of the bound ports, by port; ``targets``: views that updates are written to."""
-
-    program: RankProgram
-    executor: FlatExecutor
-    ports: PortMap
-    axes: dict[int, int]
-    bound: dict[int, torch.Tensor]
-    fed: list[list[Piece]]
-    out: list[list[tuple[int, Piece | None]]]
-    offsets: list[struct.Struct]
-    updating: list[bool]
-    on_device: dict[int, torch.Tensor] = field(default_factory=dict)
-    epoch: int = -1
-
-
 class Worker:
     """State of one rank. Tests may wrap ``monitor`` and ``communicator``, or change programs, through a hook: a function
     ``install(worker)`` in a Python file named ``hook`` in the configuration, called once the groups are up."""
@@ -85,9 +68,10 @@ class Worker:
         self.page = PageWriter(page, len(self.mesh.axes))
         self.monitor: Any = self.page
         self.segments = MappedSegments()
+        self.views: dict[tuple[int, int, int], torch.Tensor] = {}
         self.communicator: Communicator
-        self.programs: dict[int, Loaded] = {}
-        self.frames: dict[int, tuple[Loaded, Frame]] = {}
+        self.programs: dict[int, Resident] = {}
+        self.frames: dict[int, tuple[Resident, Frame]] = {}
         self.updates: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.failed = False
 
@@ -172,17 +156,28 @@ class Worker:
             self.segments.add(ident, descriptor, nbytes)
 
     def _forget(self, packet: wire.Packet) -> None:
+        self.views.clear()
         for ident in json.loads(packet.payload):
             self.segments.drop(ident)
 
     def _view(self, piece: Piece, segment: int, offset: int) -> torch.Tensor:
-        where = Location(segment, offset + piece.offset)
-        return self.segments.tensor(where, piece.shape, piece.stride, piece.dtype)
+        """A piece of the tensor at that place. Blocks are used again and again, so views are kept."""
+        key = (id(piece), segment, offset)  # these pieces live as long as their program, which clears the views
+        found = self.views.get(key)
+        if found is None:
+            if len(self.views) >= _MAX_VIEWS:
+                self.views.clear()
+            found = self.views[key] = self._map_piece(piece, segment, offset)
+        return found
+
+    def _map_piece(self, piece: Piece, segment: int, offset: int) -> torch.Tensor:
+        return self.segments.tensor(Location(segment, offset + piece.offset), piece.shape, piece.stride, piece.dtype)
 
     def _value(self, piece: Piece, segment: int, offset: int) -> torch.Tensor:
         if piece.fill is not None:
             return torch.full(piece.shape, piece.fill, dtype=piece.dtype, device=self.device)
-        return self._view(piece, segment, offset).to(self.device)
+        view = self._view(piece, segment, offset)
+        return view if self.device.type == "cpu" else view.to(self.device)
 
     # --- programs
 
@@ -198,31 +193,25 @@ class Worker:
         ports = PortMap.of(program, [(kind, name) for kind, name, *_ in head["bound"]])
         bound = {}
         for (_, _, at, start, stride), index in zip(head["bound"], ports.bound, strict=True):
-            bound[index] = self._view(Piece.of(program.inputs[index], self.mesh, self.rank, tuple(stride)), at, start)
-        executor = FlatExecutor(
-            load(program, self.rank, device=self.device if self.device.type == "cuda" else None), self.communicator, self.monitor
-        )
-        fed = [[Piece.of(program.inputs[i], self.mesh, self.rank) for i in indices] for indices in ports.fed]
-        out = [[self._output(program, r.port) for r in results if not r.absent and r.bound is None] for results in ports.results]
-        offsets = [struct.Struct(f"<q{2 * (len(f) + len(o))}q") for f, o in zip(fed, out, strict=True)]
-        updating = [any(r.bound is not None for r in results) for results in ports.results]
-        self.programs[packet.handle] = Loaded(
-            program, executor, ports, collective_axes(program), bound, fed, out, offsets, updating
-        )
+            piece = Piece.of(program.inputs[index], self.mesh, self.rank, tuple(stride))
+            if piece.fill is None:
+                bound[index] = self._map_piece(piece, at, start)
+            else:
+                bound[index] = torch.full(piece.shape, piece.fill, dtype=piece.dtype)
+        ready = load(program, self.rank, device=self.device if self.device.type == "cuda" else None)
+        executor = FlatExecutor(ready, self.communicator, self.monitor)
+        self.programs[packet.handle] = Resident.of(executor, ports, bound, self.rank)
         self._done(packet)
 
     def read_program(self, text: bytes) -> RankProgram:
         """Parse and check a program; a place for test hooks."""
         return RankProgram.from_json(text)
 
-    def _output(self, program: RankProgram, index: int) -> tuple[int, Piece | None]:
-        port = program.outputs[index]
-        return index, Piece.of(port, self.mesh, self.rank) if writes(port, self.mesh, self.rank) else None
-
     def _unload(self, packet: wire.Packet) -> None:
         for ticket in [t for t, (loaded, _) in self.frames.items() if loaded is self.programs[packet.handle]]:
             self._drop(ticket)
         del self.programs[packet.handle]
+        self.views.clear()
 
     # --- steps
 
@@ -250,12 +239,12 @@ class Worker:
         self._drop_frame(packet.ticket)
         self._done(packet)
 
-    def _fed(self, loaded: Loaded, packet: wire.Packet, segment: int) -> tuple[tuple[int, ...], list[torch.Tensor]]:
+    def _fed(self, loaded: Resident, packet: wire.Packet, segment: int) -> tuple[tuple[int, ...], list[torch.Tensor]]:
         numbers = loaded.offsets[segment].unpack(packet.payload)
         pieces = loaded.fed[segment]
         return numbers, [self._value(piece, numbers[2 * i + 1], numbers[2 * i + 2]) for i, piece in enumerate(pieces)]
 
-    def _bound(self, loaded: Loaded, epoch: int) -> dict[int, torch.Tensor]:
+    def _bound(self, loaded: Resident, epoch: int) -> dict[int, torch.Tensor]:
         """Bound values where the program runs: in place on the CPU; copied to a device when the controller says they changed."""
         if self.device.type == "cpu":
             return loaded.bound
@@ -264,7 +253,7 @@ class Worker:
             loaded.epoch = epoch
         return loaded.on_device
 
-    def _run(self, packet: wire.Packet, loaded: Loaded, frame: Frame, numbers: tuple[int, ...], fed: Any) -> None:
+    def _run(self, packet: wire.Packet, loaded: Resident, frame: Frame, numbers: tuple[int, ...], fed: Any) -> None:
         segment = 1 if packet.op == wire.Op.BACKWARD else 0
         start = 2 * len(loaded.fed[segment]) + 1
         out: dict[int, torch.Tensor] = {}
@@ -323,13 +312,3 @@ class Worker:
         counter = self.communicator.wire
         table = {kind: [*sent.as_integer_ratio(), counter.calls[kind]] for kind, sent in counter.sent.items()}
         self._done(packet, json.dumps(table).encode())
-
-
-def describe_exit(status: int | None) -> str:
-    """``was killed by SIGKILL``, ``exited with code 1``; from a wait status, None where nobody could say."""
-    if status is None:
-        return "is gone"
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"exited with code {code}"
-    return f"was killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"was killed by signal {-code}"
