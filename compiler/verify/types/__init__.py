@@ -3,6 +3,7 @@
 from .check import check_types
 from .erase import erase
 from .findings import Finding, TypeReport
+from .matching import match_programs
 from .value import Axes, Cut, Dim, Type
 
-__all__ = ["Axes", "Cut", "Dim", "Finding", "Type", "TypeReport", "check_types", "erase"]
+__all__ = ["Axes", "Cut", "Dim", "Finding", "Type", "TypeReport", "check_types", "erase", "match_programs"]

@@ -31,7 +31,7 @@ from .findings import Finding, TypeReport, resolve
 from .integers import evaluate, is_integer_function
 from .problem import IllTyped, Moved, Op, Untypable
 from .table import ALWAYS, rule_of
-from .value import Axes, Type
+from .value import Axes, Dim, Type
 
 
 @contextlib.contextmanager
@@ -157,14 +157,17 @@ class _Checker:
         return hint
 
     def _look_ahead(self, node: fx.Node) -> Type | None:
+        """The declared type of the first declared node behind this one; a complex one as the pairs of reals that lead to it."""
+        pairs = False
         for _ in range(8):
             users = list(node.users)
             if len(users) != 1 or users[0].op == "output" or note(users[0]).origin:
                 return None
             node = users[0]
+            pairs |= node.target is torch.ops.aten.view_as_complex.default
             found = Op(self.axes, node, hints_of(node, self.axes)).hint()
             if found is not None:
-                return found
+                return found.with_dims((*found.dims, Dim(2))) if pairs else found
         return None
 
     # what was declared -------------------------------------------------------------------------------------------------------

@@ -141,6 +141,19 @@ def _shared(size: Integer) -> int:
     raise Untypable("a size differs between ranks in a dimension that is not cut")
 
 
+def written(op: Op, value: Type, source: Type, dim: int, *_: Any) -> Type:
+    """slice_scatter, select_scatter: a range or one index of a whole dimension is overwritten."""
+    position = refuse_cut(op, value, dim, "writing into")
+    if source.rank == value.rank:
+        refuse_cut(op, source, dim, "writing from")
+        source = source.with_dims((*source.dims[:position], *source.dims[position + 1 :]))
+    rest = value.with_dims((*value.dims[:position], *value.dims[position + 1 :]))
+    merged = combine(op, [rest, source], (0, 1))
+    if merged.dims != rest.dims or source.dims != rest.dims:
+        raise IllTyped(f"{op.axes.describe(source)} is written into {op.axes.describe(value)}", 0, 1)
+    return Type(value.dims, merged.partial, merged.zero)
+
+
 def split(op: Op, value: Type, size: Any, dim: int = 0, *_: Any) -> tuple[Type, ...]:
     """split by length, or by a list of lengths."""
     position = dim % value.rank

@@ -116,3 +116,21 @@ def test_every_type_has_the_shape_of_the_global_value() -> None:
     assert shapes["product"] == (6, 8)
     assert shapes["gelu_default"] == (6, 24)
     assert torch.Size(shapes["w1"]) == torch.Size((8, 24))
+
+
+def test_complex_values_move_between_ranks_as_pairs_of_reals() -> None:
+    # what the shard pass emits for S(0) -> S(1) of a complex value: split, exchange, join, all on a last dimension of 2
+    hand = Hand("tp=2")
+    x = hand.input("x", (4, 6), "S(0)", dtype=torch.complex64)
+    pairs = hand.call(aten.view_as_real.default, x)
+    apart = hand.call(aten.permute.default, hand.call(aten.reshape.default, pairs, [2, 2, 3, 2]), [1, 0, 2, 3])
+    sent = hand.call(aten.contiguous.default, apart)
+    received = hand.call(c10d.wait_tensor.default, hand.call(c10d.all_to_all_single.default, sent, [1, 1], [1, 1], "tp"))
+    joined = hand.call(aten.reshape.default, received, [4, 3, 2])
+    y = hand.call(aten.view_as_complex.default, joined, layout="S(1)", shape=(4, 6))
+    hand.output("out", y, "S(1)", (4, 6))
+    report = check_types(hand.program())
+    assert report.status == "typed", report.problems or report.untyped
+    original = Hand(None)
+    original.output("out", original.input("x", (4, 6), "S(0)", dtype=torch.complex64))
+    assert compare_programs(original.program(), erase(hand.program(), report), growth=False).differences == ()
