@@ -26,8 +26,7 @@ nn.functional.conv_transpose1d nn.functional.conv_transpose2d nn.functional.embe
 nn.functional.adaptive_avg_pool2d nn.functional.linear nn.functional.nll_loss nn.functional.pad constant_pad_nd
 index_put slice addcmul addcdiv lerp einsum tensordot outer nn.functional.mse_loss nn.functional.avg_pool2d diagonal
 movedim swapaxes repeat tile ravel flatten hstack vstack select_scatter slice_scatter masked_select diag_embed
-nn.functional.unfold nn.functional.fold nn.functional.pixel_shuffle nn.functional.interpolate trace kron 
- 
+nn.functional.unfold nn.functional.fold nn.functional.pixel_shuffle nn.functional.interpolate trace kron
 """
 NAMES = _TEXT.split()
 
