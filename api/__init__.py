@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .compiler.doors.parallelize import parallel, parallelize
     from .compiler.doors.train import train_step
     from .compiler.plan.tactics import Auto, DataParallel, SequenceParallel, TensorParallel, Zero
+    from .compiler.verify.standalone import verify
     from .runtime.mesh import Mesh
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "parallel",
     "parallelize",
     "train_step",
+    "verify",
 ]
 
 _HOME = {
@@ -44,10 +46,13 @@ _HOME = {
     "parallel": ".compiler.doors.parallelize",
     "parallelize": ".compiler.doors.parallelize",
     "train_step": ".compiler.doors.train",
+    "verify": ".compiler.verify.standalone",
 }
 
 
 def __getattr__(name: str) -> object:
+    if name == "errors":
+        return import_module(".errors", __name__)
     if name in _HOME:
         value = getattr(import_module(_HOME[name], __name__), name)
         globals()[name] = value

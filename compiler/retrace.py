@@ -65,7 +65,7 @@ def smaller_program(program: Program, retrace: Retrace, mesh: Mesh) -> Program |
         if not attempt:
             continue
         try:
-            with _without_complaints():
+            with quiet_fakes():
                 small = retrace(attempt)
         except HocketError:
             continue  # the model refuses these sizes, as one whose input width is a parameter's does
@@ -75,8 +75,8 @@ def smaller_program(program: Program, retrace: Retrace, mesh: Mesh) -> Program |
 
 
 @contextmanager
-def _without_complaints() -> Iterator[None]:
-    """Torch logs every shape that does not fit as an error; here that is one of the expected answers."""
+def quiet_fakes() -> Iterator[None]:
+    """Torch logs every shape that does not fit as an error; within this, that is one of the expected answers."""
     torch_log = logging.getLogger("torch._subclasses.fake_tensor")
     before = torch_log.disabled
     torch_log.disabled = True

@@ -22,6 +22,7 @@ from ..demo.race import race
 from ..doors.hall import Compiled, Options, compile_program
 from ..doors.module import session_of
 from ..doors.parallelize import parallelize
+from ..doors.threads import single_threaded
 from ..errors import InputError
 from ..plan import tactics
 from ..plan.tactics import Tactic
@@ -29,6 +30,7 @@ from ..report.rows import activation_groups, decision_row, parameter_groups
 from ..report.text import captured, decisions_table, every_decision, passes_table, plan_table
 from ..retrace import Retrace
 from ..verify.report import Status
+from ..verify.standalone import verify as prove
 from .doctor import examine
 from .target import Target, load_target
 
@@ -68,7 +70,9 @@ def explain(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Prove the sharded program; the exit status is 1 where it is not proven."""
+    """Prove the sharded program, or that another module is equal; the exit status is 1 where it is not proven."""
+    if arguments.against:
+        return _verify_against(arguments, console)
     compiled = _compile(arguments, level=arguments.level)
     console.print(captured(compiled), passes_table(compiled))
     for record in compiled.records:
@@ -77,6 +81,21 @@ def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     facts["verdicts"] = [{"pass": record.name, **json.loads(record.verdict.to_json())} for record in compiled.records]
     facts["ok"] = all(record.verdict.status is Status.EQUAL for record in compiled.records)
     return facts
+
+
+def _verify_against(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    target = _target(arguments)
+    other = load_target(arguments.against, arguments.input, examples=False)
+    verdict = prove(
+        target.model,
+        other.model,
+        example_args=target.args,
+        example_kwargs=target.kwargs,
+        level=arguments.level,
+        train=not arguments.inference,
+    )
+    console.print(f"{target.label} against {other.label}", verdict)
+    return {**json.loads(verdict.to_json()), "ok": verdict.status is Status.EQUAL}
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -128,6 +147,7 @@ def _target(arguments: argparse.Namespace) -> Target:
     return load_target(arguments.target, arguments.input)
 
 
+@single_threaded
 def _compile(arguments: argparse.Namespace, *, level: str | None) -> Compiled:
     target = _target(arguments)
     train = not arguments.inference

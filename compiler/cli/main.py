@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 on success, 1 where the answer is no (not proven, something broken), 2 for bad usage or input."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.verbose else logging.WARNING)
-    console = Console(quiet=arguments.json, highlight=False)
+    console = Console(quiet=arguments.json, highlight=False, width=None if sys.stdout.isatty() else 132)
     try:
         facts = _command(arguments.command)(arguments, console)
     except HocketError as error:
@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     made["run"].add_argument("--trace", default="", metavar="FILE", help="write a Chrome/Perfetto trace of the last step")
     made["verify"].add_argument(
         "--level", default="full", choices=("types", "float", "ring", "full"), help="how much to prove (default: %(default)s)"
+    )
+    made["verify"].add_argument(
+        "--against",
+        default="",
+        metavar="FILE:NAME",
+        help="compare the target with this module, on the target's inputs, instead of with its own sharded program",
     )
 
     commands.add_parser("doctor", parents=[common], help="what this machine has, and what will work on it")

@@ -36,11 +36,12 @@ class Target:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def load_target(text: str, inputs: Sequence[str], *, seed: int = 0) -> Target:
+def load_target(text: str, inputs: Sequence[str], *, seed: int = 0, examples: bool = True) -> Target:
     """Build the model named by ``path/to/file.py:NAME`` or ``package.module:NAME``.
 
     NAME is an nn.Module class (made without arguments), a module, or a function that returns one, or returns ``(model, args)`` or
-    ``(model, args, kwargs)``. Raises InputError that says which of these was expected and what was found.
+    ``(model, args, kwargs)``. examples: the target needs example inputs. Raises InputError that says which of these was expected
+    and what was found.
     """
     path, _, name = text.rpartition(":")
     if not path or not name:
@@ -56,7 +57,7 @@ def load_target(text: str, inputs: Sequence[str], *, seed: int = 0) -> Target:
     model, args, kwargs = _split(made, text)
     if inputs:
         args, kwargs = parse_inputs(inputs)
-    elif not args and not kwargs:
+    elif examples and not args and not kwargs:
         args, kwargs = _examples(module, text)
     return Target(text, model, args, kwargs)
 

@@ -35,6 +35,9 @@ DEFAULT = "ring"
 BUDGET = 2e10
 """Multiply-adds, over all ranks, that an execution level may cost at the sizes at hand."""
 
+RING_COST = 50
+"""A multiply-add over the ring costs about this many in floating point."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -89,7 +92,7 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
         return LevelResult("ring", Outcome.SKIPPED, "an approximate pass is judged in floating point only")
     start = time.process_time()
     original, transformed = question.executed
-    if not _is_affordable(original, transformed, 50):
+    if not is_affordable(original, transformed, RING_COST):
         return LevelResult("ring", Outcome.SKIPPED, _too_expensive(), 0.0)
     erased, how = _one_rank(transformed)
     verdict = compare(original, erased)
@@ -126,7 +129,7 @@ def _from_ring(question: Question, verdict: RingVerdict, how: str, seconds: floa
 def numeric_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
     """Float64 equality and growth of the float32 error."""
     original, transformed = question.executed
-    if not _is_affordable(original, transformed, 3):
+    if not is_affordable(original, transformed, 3):
         return LevelResult("float", Outcome.SKIPPED, _too_expensive(), 0.0)
     if isinstance(question.contract, Approx):
         return float_level(original, transformed, rtol=question.contract.tolerance)
@@ -184,7 +187,8 @@ def ask(question: Question, levels: tuple[Level, ...]) -> Verdict:
     return combine(found)
 
 
-def _is_affordable(original: Program, transformed: Program, factor: float) -> bool:
+def is_affordable(original: Program, transformed: Program, factor: float) -> bool:
+    """Whether running both, at ``factor`` times their multiply-adds, is within BUDGET."""
     ranks = transformed.mesh.size if transformed.mesh is not None else 1
     return factor * (work(original) + ranks * work(transformed)) <= BUDGET
 
