@@ -28,9 +28,9 @@ from ...program import Program, note, tensor_leaves
 from .arguments import all_whole, arguments, mentions
 from .declared import agree, hints_of
 from .findings import Finding, TypeReport, resolve
-from .integers import evaluate, is_integer_function
+from .integers import evaluate
 from .problem import IllTyped, Moved, Op, Untypable
-from .table import ALWAYS, rule_of
+from .table import facts_of
 from .value import Axes, Dim, Type
 
 
@@ -113,30 +113,20 @@ class _Checker:
             source = self.types[node.args[0]]  # type: ignore[index]
             return source[node.args[1]] if isinstance(source, (tuple, list)) else source  # type: ignore[index]
         args = arguments(node, self.types)
-        if is_integer_function(target):
+        facts = facts_of(target)
+        if facts.is_integer:
             return evaluate(self.axes, target, args)
         if mentions(args, UNTYPED):
             raise Untypable("it depends on a value without a type")
-        packet = getattr(target, "overloadpacket", None)
-        if (
-            packet not in ALWAYS
-            and not self._draws(target)
-            and all(hint is None or self._is_whole_hint(hint) for hint in op.hints)
-            and all_whole(args)
-        ):
+        if not facts.is_asked and all_whole(args) and all(hint is None or self._is_whole_hint(hint) for hint in op.hints):
             return self._whole(node)
-        rule = rule_of(target)
-        if rule is None:
+        if facts.rule is None:
             raise Untypable(f"no type rule for {target} on pieces")
         op.look_ahead = functools.partial(self._look_ahead, node)
         try:
-            return rule(op, *args)
+            return facts.rule(op, *args)
         except (TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise Untypable(f"the type rule does not fit these arguments ({type(error).__name__}: {error})") from error
-
-    @staticmethod
-    def _draws(target: Any) -> bool:
-        return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
     def _is_whole_hint(self, hint: Any) -> bool:
         declared = self.axes.from_layout(*hint)

@@ -15,7 +15,7 @@ from ...program import Program
 
 
 def match_programs(programs: Program | Sequence[Program]) -> None:
-    """Raise CollectiveMismatch, naming two ranks and their source lines, where ranks disagree or would wait for each other for ever.
+    """Raise CollectiveMismatch, naming two ranks and their lines, where ranks disagree or would wait for each other for ever.
 
     programs: one for all ranks of its mesh, or one per rank in rank order.
     """

@@ -6,12 +6,14 @@ element; everything else is reported as untypable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import collectives, contractions, creation, indexing, pointwise, ranges, reductions, views
+from .integers import is_integer_function
 
 Rule = Callable[..., Any]
 
@@ -182,7 +184,23 @@ RULES: Mapping[Any, Rule] = {
 }
 
 ALWAYS = frozenset({*CREATION, *COLLECTIVES, aten.div, aten.mul, aten.expand, aten.slice, aten.narrow})
-"""Ops whose rule is asked even if every operand is whole: they may cut, mark zeros, or divide by the number of ranks."""
+"""Ops whose rule is asked even if every operand is whole: they may cut, mark zeros, or divide by the number of ranks. So are ops
+that draw random numbers: each rank would draw its own."""
+
+
+class Facts(NamedTuple):
+    """What the checker asks of a call target. is_asked: its rule is asked even if every operand is whole on every rank."""
+
+    is_integer: bool
+    is_asked: bool
+    rule: Rule | None
+
+
+@functools.cache
+def facts_of(target: Any) -> Facts:
+    """Looked up once per target: hashing an op costs more than many a rule."""
+    draws = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    return Facts(is_integer_function(target), draws or getattr(target, "overloadpacket", None) in ALWAYS, rule_of(target))
 
 
 def rule_of(target: Any) -> Rule | None:
