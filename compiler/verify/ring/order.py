@@ -1,8 +1,9 @@
 """Order in a ring that has none.
 
-Against zero, ``x > 0`` is a multiplicative sign, so relu(c x) = c relu(x) for positive c and relu(x) - relu(-x) = x. Between
-values a total order on canonical representatives is used, so that max, sort, top-k and pooling are exact in any grouping. Where
-both sides have a known real value (masks, positions) the real order decides. Everything else explores one branch per draw.
+Against zero, ``x > 0`` is a multiplicative sign: relu(x) - relu(-x) = x always, and relu(c x) = c relu(x) for the positive
+constants c that are squares mod p (2, 3 and their products in the default rings; for other c that rewrite is a false alarm).
+Between values a total order on canonical representatives is used, so that max, sort, top-k and pooling are exact in any grouping.
+Where both sides have a known real value (masks, positions) the real order decides. Everything else explores one branch per draw.
 """
 
 from __future__ import annotations
