@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from ..runtime.errors import ProgramError
 from ..runtime.mesh import Mesh
-from ..runtime.ops import COLLECTIVES, WAIT, op_name
+from ..runtime.ops import COLLECTIVES, NAMESPACES, WAIT, op_name
 from ..runtime.program import Collective, Instruction
 from ..runtime.shards import coordinate, local_offset, local_size, padding
 from ..runtime.templates import ARITHMETIC, encode_constant
@@ -45,6 +45,13 @@ class Emitter:
             self.values[node] = self._integer(node, target)
 
     def _call(self, node: fx.Node, op: str) -> None:
+        namespace = op.partition(".")[0]
+        if namespace not in NAMESPACES:
+            raise refusal(
+                node,
+                f"a program holds ops of {', '.join(NAMESPACES)} only, and {namespace} is somebody else's; ask the library for an "
+                "implementation in plain torch ops (transformers: experts_implementation='batched_mm' or 'eager' in the config)",
+            )
         args = [self._encode(arg, node) for arg in node.args]
         if op == WAIT:
             pending = args[0]["slot"]

@@ -20,11 +20,13 @@ from .state import ModelState
 class Call:
     """The state of one forward until its backward."""
 
-    def __init__(self, engine: Engine, loaded: Loaded, inputs: Sequence[Tensor], state: ModelState) -> None:
+    def __init__(self, engine: Engine, loaded: Loaded, leaves: Sequence[Any], seed: int, state: ModelState) -> None:
+        """leaves: of the user's (args, kwargs)."""
         self.engine = engine
         self.state = state
         self.loaded = loaded
-        self.inputs = inputs
+        self.leaves = leaves
+        self.inputs = loaded.inputs(leaves, seed)
         self.ticket: Any = None
         self.spent = False
         self.versions = [tensor._version for tensor in loaded.parameters.values()]
@@ -32,6 +34,7 @@ class Call:
     def forward(self) -> list[Tensor | None]:
         """Run the first segment; global outputs in segment order."""
         self.ticket, outputs = self.engine.forward(self.loaded.handle, self.inputs)
+        self.loaded.write_back(outputs, self.leaves)
         return outputs
 
     def backward(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -40,6 +40,13 @@ class Loaded:
 
         segments = compiled.instructions.segments
         ports = compiled.instructions.segment_outputs(segments[0].name)
+        leaf_of = {place: leaf for leaf, place in enumerate(signature.in_leaves) if not isinstance(place, Literal)}
+        updated = {i: signature.inputs_of(RoleKind.INPUT).get(signature.outputs[port].name) for i, port in enumerate(ports)}
+        self._changed_leaves = {
+            i: leaf_of[port]
+            for i, port in updated.items()
+            if port is not None and signature.outputs[ports[i]].kind is RoleKind.UPDATE
+        }
         self._output_ports = [port for port in ports if signature.outputs[port].kind is RoleKind.OUTPUT]
         self._output_places = [i for i, port in enumerate(ports) if signature.outputs[port].kind is RoleKind.OUTPUT]
         tangents = signature.inputs_of(RoleKind.TANGENT)
@@ -64,17 +71,28 @@ class Loaded:
     def inputs(self, leaves: Sequence[Any], seed: int) -> list[Tensor]:
         """Values of the unbound ports of the first segment from the leaves of the user's (args, kwargs)."""
         signature = self.compiled.program.signature
-        by_port = {place: leaves[i] for i, place in enumerate(signature.in_leaves) if not isinstance(place, Literal)}
+        by_port = {place: i for i, place in enumerate(signature.in_leaves) if not isinstance(place, Literal)}
+        changed = set(self._changed_leaves.values())
         values = []
         for port in self.compiled.instructions.segments[0].inputs:
             role = signature.inputs[port]
             if role.kind is RoleKind.INPUT:
-                values.append(by_port[port].detach())
+                leaf = by_port[port]
+                value = leaves[leaf].detach()
+                values.append(value.clone() if leaf in changed else value)  # the backward needs it as it was
             elif role.kind is RoleKind.SEED:
                 values.append(torch.tensor(seed, dtype=torch.int64))
             elif role.kind not in BOUND:
                 raise HocketError(f"the first segment asks for {role}, which no caller can give")
         return values
+
+    def write_back(self, results: Sequence[Tensor | None], leaves: Sequence[Any]) -> None:
+        """Give the user's own tensors the values that the model wrote into its inputs."""
+        with torch.no_grad():
+            for place, leaf in self._changed_leaves.items():
+                value = results[place]
+                assert value is not None, "an updated input has a value"
+                leaves[leaf].detach().copy_(value)
 
     @property
     def needs_seed(self) -> bool:

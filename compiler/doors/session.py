@@ -55,7 +55,7 @@ class Session:
         loaded = self.prepare(args, kwargs, mode=module.training)
         leaves = pytree.tree_leaves((args, kwargs))
         seed = int(torch.randint(2**62, ())) if loaded.needs_seed else 0
-        call = Call(self.engine, loaded, loaded.inputs(leaves, seed), self.state)
+        call = Call(self.engine, loaded, leaves, seed, self.state)
         if loaded.takes_gradients:
             outputs = RanksFunction.apply(call, *loaded.differentiable_tensors(leaves, self.state.leaf))  # type: ignore[no-untyped-call]
         else:

@@ -47,7 +47,9 @@ class TrainStep:
             self._state[f"lr:{index}"].fill_(float(group["lr"]))
         seed = int(torch.randint(2**62, ())) if loaded.needs_seed else 0
         engine = self.session.engine
-        ticket, results = engine.forward(loaded.handle, loaded.inputs(pytree.tree_leaves((args, kwargs)), seed))
+        leaves = pytree.tree_leaves((args, kwargs))
+        ticket, results = engine.forward(loaded.handle, loaded.inputs(leaves, seed))
+        loaded.write_back(results, leaves)
         engine.release(ticket)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at before they warn of a wrong order
         (loss,) = loaded.outputs(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from ...runtime.mesh import Mesh
 from ..errors import PlanError
 from ..layout import Partial, Placement, Replicate, Shard, chunk_size, format_placement, parse_placement
 from ..program import RoleKind
+from .problem import fits
 from .tactics import Auto, Placements, Port, Promises, Tactic
 from .view import STORED, Site, TensorType, View, weight_uses
 
@@ -86,7 +88,42 @@ def port_restrictions(
                 view, site, name, parts, (tactics[axis], asked, outputs, batch, index in cut_weights[axis])
             )
         found.append(of_axis)
+    return _reconciled(view, mesh, tactics, found) if len(found) > 1 else found
+
+
+def _reconciled(
+    view: View, mesh: Mesh, tactics: Sequence[Tactic], restrictions: Sequence[Mapping[int, Restriction]]
+) -> list[dict[int, Restriction]]:
+    """Restrictions less what no choice on the other axes goes with.
+
+    Where the axes leave nothing together (a bias of 13 that both would cut in two), a tactic that cuts only to save memory yields.
+    """
+    found = [dict(of_axis) for of_axis in restrictions]
+    known: dict[object, list[Placements]] = {}
+    for index in found[0]:
+        tensor = port_type(view, view.sites[index])
+        assert tensor is not None
+        asked = [of_axis[index].allowed for of_axis in found]
+        key = (tensor.shape, *asked)
+        if key not in known:
+            known[key] = _compatible(tensor.shape, asked, mesh, tactics)
+        for of_axis, before, after in zip(found, asked, known[key], strict=True):
+            if before != after:
+                of_axis[index] = Restriction(after, f"{of_axis[index].origin}, beside what the other axes cut")
     return found
+
+
+def _compatible(shape: Sequence[int], asked: Sequence[Placements], mesh: Mesh, tactics: Sequence[Tactic]) -> list[Placements]:
+    """Per axis the placements that go with some choice on the other axes; as asked where nothing does."""
+    current = list(asked)
+    yielding = [axis for axis, tactic in enumerate(tactics) if tactic.cuts_to_save_memory]
+    for axis in (None, *yielding):
+        if axis is not None:
+            current[axis] = (Replicate(),)
+        joint = [choice for choice in itertools.product(*current) if fits(shape, choice, mesh)]
+        if joint:
+            return [tuple(p for p in allowed if any(c[i] == p for c in joint)) for i, allowed in enumerate(current)]
+    return list(asked)
 
 
 def _restricted(view: View, site: Site, axis: str, parts: int, context: tuple[Tactic, Any, str, int | None, bool]) -> Restriction:

@@ -13,6 +13,7 @@ batch still gets its whole input, and the plan says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..layout import Partial, Placement, Replicate, Shard
 from ..program import Role, RoleKind
@@ -67,10 +68,11 @@ class Promises:
 class Tactic:
     """One intention for one mesh axis. This base has none: subclasses say what they fix and what they do without.
 
-    axis: name of the mesh axis.
+    axis: name of the mesh axis. cuts_to_save_memory: whether its cuts of stored tensors are wishes, which yield to other axes.
     """
 
     axis: str
+    cuts_to_save_memory: ClassVar[bool] = False
 
     def objection(self, _promises: Promises) -> str:
         """Why this tactic makes no sense here, or ""."""
@@ -116,6 +118,7 @@ class Zero(Tactic):
     """
 
     stage: int = 3
+    cuts_to_save_memory: ClassVar[bool] = True
 
     def objection(self, promises: Promises) -> str:
         """Stages that do not exist, or that nothing in the program answers to."""

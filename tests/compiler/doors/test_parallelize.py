@@ -126,6 +126,28 @@ def test_gradient_of_an_input_flows_out(pair: tuple[Mlp, Mlp]) -> None:
         torch.testing.assert_close(x.grad, z.grad)
 
 
+def test_an_input_changed_in_place_is_changed_for_the_caller() -> None:
+    class Cached(nn.Linear):
+        def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+            y = super().forward(x) * cache.clone()
+            cache.copy_(x.detach())
+            return y
+
+    torch.manual_seed(0)
+    model = Cached(8, 8)
+    eager = copy.deepcopy(model)
+    with parallel(model) as m:
+        x, mine, theirs = torch.randn(4, 8), torch.ones(4, 8), torch.ones(4, 8)
+        for _ in range(2):
+            m(x, mine).square().sum().backward()
+            eager(x, theirs).square().sum().backward()
+            assert torch.equal(mine, x)
+        torch.testing.assert_close(m.weight.grad, eager.weight.grad)
+        with torch.no_grad():
+            m(2 * x, mine)
+        assert torch.equal(mine, 2 * x)
+
+
 def test_batchnorm_statistics_are_updated_in_the_users_process() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))

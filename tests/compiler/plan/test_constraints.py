@@ -80,3 +80,22 @@ def test_what_cannot_be_is_refused_with_both_sides(program, constraints, options
 def test_too_small_a_batch_is_refused(program):
     with pytest.raises(PlanError, match=r"input:args\[0\] on axis dp: .*its shape \[8, 8\] over 16 ranks"):
         layouts(program, {}, "dp=16", tactics=[DataParallel("dp")])
+
+
+@pytest.fixture(scope="module")
+def odd_program():
+    def run(x, weight):
+        return (aten.mm.default(x, weight),)
+
+    inputs = [(role("input", "x"), torch.ones(8, 1)), (role("param", "weight"), torch.ones(1, 13))]
+    return program_of(run, inputs, [role("output", "y")])
+
+
+def test_zero_yields_where_a_dimension_cannot_be_cut_twice(odd_program):
+    (_, weight), _ = layouts(odd_program, {}, "dp=2,tp=2", tactics=[Zero("dp"), TensorParallel("tp")])
+    assert weight == (Replicate(), Shard(1))
+
+
+def test_zero_yields_to_a_constraint_on_another_axis(odd_program):
+    (_, weight), _ = layouts(odd_program, {"weight": "tp:S(1)"}, "dp=2,tp=2", tactics=[Zero("dp")])
+    assert weight == (Replicate(), Shard(1))
