@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...runtime.engines.base import Engine
 from ...runtime.mesh import Mesh
 from ..errors import InputError
@@ -9,24 +11,29 @@ from ..errors import InputError
 ENGINES = ("local", "sim", "attach")
 
 
-def make_engine(engine: str | Engine, mesh: Mesh) -> Engine:
-    """The engine of that name for a mesh, or the given one if it is for that mesh. InputError otherwise."""
+def engine_opener(engine: str | Engine, mesh: Mesh) -> Callable[[], Engine]:
+    """A function that opens the engine of that name for a mesh, or gives the one passed in. InputError for a wrong name or mesh.
+
+    For ``local`` the first rank process begins to load at once, in the background; opening waits for it.
+    """
     match engine:
         case "local":
             from ...runtime.engines.local import LocalEngine
+            from ...runtime.launcher import warm_up
 
-            return LocalEngine(mesh)
+            warm_up()
+            return lambda: LocalEngine(mesh)
         case "sim":
             from ...runtime.engines.sim import SimEngine
 
-            return SimEngine(mesh)
+            return lambda: SimEngine(mesh)
         case "attach":
             from ...runtime.engines.attach import AttachEngine
 
-            return AttachEngine(mesh)
+            return lambda: AttachEngine(mesh)
         case str():
             raise InputError(f"engine must be one of {', '.join(ENGINES)} or an Engine; found {engine!r}")
-    assert not isinstance(engine, str), "all names are handled above"
-    if engine.mesh != mesh:
-        raise InputError(f"the engine was made for mesh {engine.mesh}, the module asks for {mesh}")
-    return engine
+    given = engine
+    if given.mesh != mesh:
+        raise InputError(f"the engine was made for mesh {given.mesh}, the module asks for {mesh}")
+    return lambda: given

@@ -14,7 +14,7 @@ from ...runtime.engines.base import Engine
 from ...runtime.mesh import Mesh
 from ..errors import InputError
 from ..plan.tactics import Tactic
-from .engines import make_engine
+from .engines import engine_opener
 from .hall import Options
 from .module import ParallelModule, lazy_class, parallel_view
 from .session import Session
@@ -94,11 +94,11 @@ def open_session(
         gradients="like-params" if attached else "any",
         level=verify,
     )
-    opened = make_engine(engine, shape)
-    if attached:
-        place: Any = opened
-        return Session(PiecewiseState(model, shape, place.rank, place.device), opened, options)
-    return Session(WholeState(model), opened, options)
+    open_engine = engine_opener(engine, shape)
+    if not attached:
+        return Session(WholeState(model), open_engine, options)
+    rank: Any = open_engine()
+    return Session(PiecewiseState(model, shape, rank.rank, rank.device), lambda: rank, options)
 
 
 def parallel(mesh: str | int | Mesh, **options: Any) -> Callable[[type[Model]], type[Model]]:

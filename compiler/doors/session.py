@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from .autograd import Call, RanksFunction
 from .hall import Compiled, Options, compile_program
 from .loaded import Loaded
 from .state import ModelState
+from .threads import single_threaded
 
 if TYPE_CHECKING:
     from ..verify.report import Verdict
@@ -35,13 +36,22 @@ log = logging.getLogger("hocket")
 class Session:
     """See the module. Made by the doors; users meet it through the parallel module."""
 
-    def __init__(self, state: ModelState, engine: Engine, options: Options, *, capacity: int = 8) -> None:
+    def __init__(self, state: ModelState, open_engine: Callable[[], Engine], options: Options, *, capacity: int = 8) -> None:
         self.state = state
-        self.engine = engine
+        self._open_engine = open_engine
+        self._engine: Engine | None = None
         self.options = options
         self._closed = False
         self._latest: Loaded | None = None
         self._specialisations: Specialisations[Loaded] = Specialisations(capacity)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, opened when first needed: local ranks start up while the model is being compiled."""
+        if self._engine is None:
+            self.check_open()
+            self._engine = self._open_engine()
+        return self._engine
 
     @property
     def latest(self) -> Loaded:
@@ -81,6 +91,7 @@ class Session:
         if self._closed:
             raise InputError("this parallel module was closed; make a new one with hocket.parallelize")
 
+    @single_threaded
     def _compile(self, train: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loaded:  # noqa: FBT001 (a callback)
         start = time.perf_counter()
         program = capture(self.state.captured, args, kwargs, train=train)
@@ -108,7 +119,8 @@ class Session:
         if not self._closed:
             self._closed = True
             self._specialisations.clear()
-            self.engine.close()
+            if self._engine is not None:
+                self._engine.close()
 
     @property
     def compiled(self) -> Compiled:

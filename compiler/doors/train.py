@@ -19,6 +19,7 @@ from .hall import Compiled, compile_program
 from .loaded import Loaded
 from .parallelize import open_session
 from .session import Session
+from .threads import single_threaded
 from .watch import state_of
 
 log = logging.getLogger("hocket")
@@ -61,6 +62,7 @@ class TrainStep:
         self.latest = self._steps.get(self.session.state.captured, args, kwargs, training=True, make=self._compile)
         return self.latest
 
+    @single_threaded
     def _compile(self, _: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loaded:  # noqa: FBT001 (a callback)
         start = time.perf_counter()
         model = self.session.state.captured

@@ -14,7 +14,7 @@ from zoo_case import Case
 
 import hocket
 from hocket.compiler.cost.cluster import COLLECTIVES, Cluster, Line
-from hocket.compiler.doors.engines import make_engine
+from hocket.compiler.doors.engines import engine_opener
 from hocket.compiler.doors.hall import Options
 from hocket.compiler.doors.module import parallel_view
 from hocket.compiler.doors.session import Session
@@ -44,7 +44,7 @@ def parallel(model: nn.Module, mesh: str, engine: str, tactics: Sequence[Tactic]
         return hocket.parallelize(model, mesh, tactics=tactics, engine=engine, verify="off")
     shape = Mesh.parse(mesh)
     options = Options(shape, cluster=FREE, level="off")
-    return parallel_view(model, Session(WholeState(model), make_engine(engine, shape), options))
+    return parallel_view(model, Session(WholeState(model), engine_opener(engine, shape), options))
 
 
 def assert_like_eager(case: Case, mesh: str, engine: str, tactics: Sequence[Tactic] | str) -> Plan:
