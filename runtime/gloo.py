@@ -80,7 +80,7 @@ class GlooCommunicator:
         if parts == 1:
             return PendingWork(None, piece)
         buffer = piece.new_empty((parts * piece.shape[0], *piece.shape[1:]))
-        return PendingWork(dist.all_gather_into_tensor(buffer, piece, self._groups[axis], async_op=True), buffer)
+        return PendingWork(dist.all_gather_single(buffer, piece, self._groups[axis], async_op=True), buffer)
 
     def reduce_scatter(self, tensor: torch.Tensor, op: str, axis: str) -> PendingWork:
         """See ``Communicator``."""
@@ -89,7 +89,7 @@ class GlooCommunicator:
         if parts == 1:
             return PendingWork(None, whole)
         buffer = whole.new_empty((whole.shape[0] // parts, *whole.shape[1:]))
-        work = dist.reduce_scatter_tensor(buffer, whole, _REDUCE[op], self._groups[axis], async_op=True)
+        work = dist.reduce_scatter_single(buffer, whole, _REDUCE[op], self._groups[axis], async_op=True)
         return PendingWork(work, buffer, _average(op, parts))
 
     def all_to_all(self, tensor: torch.Tensor, output_splits: Sequence[int], input_splits: Sequence[int], axis: str) -> PendingWork:

@@ -1,0 +1,83 @@
+"""Every example in docs/examples runs and prints what it promises."""
+
+import itertools
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+PRINTS = {
+    "checkpoint": ("plain model after loading differs by", "parallel model after loading differs by"),
+    "compile_backend": ("0.weight", "2.bias", "gradient differs by"),
+    "constraints": ("S(0) on", "PlanError: param:0.weight on axis dp: constraint"),
+    "decorator": ("loss",),
+    "own_pass": ("split-silu: ", "applied | silu written as a product | own_pass.py:", "refused: the result of pass split-silu"),
+    "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),
+    "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
+}
+LOSS_FALLS = ("decorator", "quickstart", "train_step", "torchrun_attach")
+
+
+def losses(printed: str) -> list[float]:
+    words = printed.split()
+    return [float(after) for word, after in itertools.pairwise(words) if word == "loss"]
+
+
+def check(name: str, printed: str) -> None:
+    flat = " ".join(printed.split())
+    for expected in PRINTS.get(name, ()):
+        assert " ".join(expected.split()) in flat
+    if name in LOSS_FALLS:
+        found = losses(printed)
+        assert len(found) >= 4
+        assert found == sorted(found, reverse=True)
+
+
+def test_every_example_is_tested() -> None:
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == {*PRINTS, "torchrun_attach"}
+
+
+@pytest.mark.parametrize("name", sorted(PRINTS))
+def test_the_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, which spares the imports; ``test_the_example_runs_from_a_shell`` is the same from outside."""
+    state = torch.random.get_rng_state()
+    try:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    finally:
+        torch.random.set_rng_state(state)
+        torch.compiler.reset()
+    check(name, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "name", ["decorator", *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(PRINTS) if n != "decorator")]
+)
+def test_the_example_runs_from_a_shell(name: str, tmp_path: Path) -> None:
+    """Without a ``__main__`` guard, from any folder."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    check(name, done.stdout)
+
+
+def test_the_attach_example_runs_under_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "torchrun_attach.py")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    check("torchrun_attach", done.stdout)
+    assert "Warning" not in done.stderr, done.stderr
+    assert "up.weight is (64, 32), this rank holds (32, 32) (S(0))" in done.stdout
