@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from random_plans import context, random_inputs, random_plan
 from torch import nn
 
 from hocket.compiler.capture import capture
@@ -17,6 +16,7 @@ from hocket.passes.shard import Shard
 from hocket.runtime.executors.lockstep import run_lockstep
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.pieces import assemble, cut
+from hocket.testing.random_plans import context, random_inputs, random_plan
 
 
 @pytest.mark.parametrize("mesh", ["a=2", "a=3", "a=2,b=2"])

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.fx as fx
-from random_plans import context, random_inputs, rules_of
 from torch import nn
 
 from hocket.compiler.capture import capture
@@ -22,6 +21,7 @@ from hocket.compiler.verify.blame import blame, relative_error
 from hocket.compiler.verify.lockstep import run_global, run_ranks
 from hocket.passes.shard import Shard
 from hocket.runtime.mesh import Mesh
+from hocket.testing.random_plans import context, random_inputs, rules_of
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from random_plans import context, random_inputs, random_plan
 from torch import nn
 
 from hocket.compiler.capture import capture
@@ -20,6 +19,7 @@ from hocket.compiler.verify.blame import blame, relative_error
 from hocket.compiler.verify.lockstep import run_global, run_ranks
 from hocket.passes.shard import Shard
 from hocket.runtime.mesh import Mesh
+from hocket.testing.random_plans import context, random_inputs, random_plan
 
 MESHES = ["a=2", "a=3", "a=4", "a=2,b=2", "a=2,b=3"]
 

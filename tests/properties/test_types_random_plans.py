@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_plans import context, random_plan
 from torch import nn
 
 from hocket.compiler.capture import capture
@@ -17,6 +16,7 @@ from hocket.compiler.verify.differential import compare_programs
 from hocket.compiler.verify.types import check_types, erase
 from hocket.passes.shard import Shard
 from hocket.runtime.mesh import Mesh
+from hocket.testing.random_plans import context, random_plan
 
 
 class Mlp(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch.fx as fx
 
 from .value import Type
@@ -17,6 +18,20 @@ def schema_of(target: Any) -> tuple[tuple[str, Any], ...]:
     if schema is None:
         return ()
     return tuple((argument.name, argument.default_value if argument.has_default_value() else None) for argument in schema.arguments)
+
+
+@functools.cache
+def _numbers(target: Any) -> tuple[int, ...]:
+    """Positions of the arguments that enter the arithmetic as a number (factors, not sizes or indices)."""
+    schema = getattr(target, "_schema", None)
+    return (
+        () if schema is None else tuple(i for i, a in enumerate(schema.arguments) if str(a.type) in ("number", "Optional[number]"))
+    )
+
+
+def factor_varies(target: Any, args: list[Any]) -> bool:
+    """Whether ranks compute with different numbers, such as ``x * (1 + rank)``."""
+    return any(isinstance(args[i], np.ndarray) for i in _numbers(target) if i < len(args))
 
 
 def arguments(node: fx.Node, values: dict[fx.Node, Any]) -> list[Any]:

@@ -25,7 +25,7 @@ import torch.fx as fx
 
 from ...errors import InputError
 from ...program import Program, note, tensor_leaves
-from .arguments import all_whole, arguments, mentions
+from .arguments import all_whole, arguments, factor_varies, mentions
 from .declared import agree, hints_of
 from .findings import Finding, TypeReport, resolve
 from .integers import evaluate
@@ -118,6 +118,8 @@ class _Checker:
             return evaluate(self.axes, target, args)
         if mentions(args, UNTYPED):
             raise Untypable("it depends on a value without a type")
+        if factor_varies(target, args):
+            raise Untypable("the ranks compute with different numbers")
         if not facts.is_asked and all_whole(args) and all(hint is None or self._is_whole_hint(hint) for hint in op.hints):
             return self._whole(node)
         if facts.rule is None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.fx as fx
 
-from hocket.compiler.contract import Context
-from hocket.compiler.cost.cost import Cost
-from hocket.compiler.layout import Layout, Partial, Placement, Replicate, Shard, has_empty_piece
-from hocket.compiler.plan.plan import Certificate, NodePlan, Plan
-from hocket.compiler.program import Program, Role, RoleKind, producer, tensor_inputs, tensor_leaves
-from hocket.compiler.rules.rule import Rule
-from hocket.compiler.rules.table import RuleTable
-from hocket.runtime.mesh import Mesh
+from ..compiler.contract import Context
+from ..compiler.cost.cost import Cost
+from ..compiler.layout import Layout, Partial, Placement, Replicate, Shard, has_empty_piece
+from ..compiler.plan.plan import Certificate, NodePlan, Plan
+from ..compiler.program import Program, Role, RoleKind, producer, tensor_inputs, tensor_leaves
+from ..compiler.rules.rule import Rule
+from ..compiler.rules.table import RuleTable
+from ..runtime.mesh import Mesh
 
 TABLE = RuleTable(None)
 """Shared by all tests of a run, so that an op is judged once."""
@@ -72,13 +73,12 @@ def _any_rules(node: fx.Node, nodes: dict[str, NodePlan], mesh: Mesh, choose: ra
 def _feeds_all(chosen: list[Rule], node: fx.Node, mesh: Mesh) -> bool:
     """No rank is left without a piece by the rules of the outermost axes."""
     outer = Mesh(mesh.axes[: len(chosen)])
-    values = [argument.meta["val"] for argument in tensor_inputs(node)]
-    sides = [(values, [rule.inputs for rule in chosen]), (tensor_leaves(node.meta["val"]), [rule.outputs for rule in chosen])]
-    return not any(
-        isinstance(value, torch.Tensor) and has_empty_piece(value.shape, tuple(row[i] for row in rows), outer)  # type: ignore[misc]
-        for side, rows in sides
-        for i, value in enumerate(side)
-    )
+    pairs: list[tuple[Any, list[Any]]] = []
+    for i, argument in enumerate(tensor_inputs(node)):
+        pairs.append((argument.meta["val"], [rule.inputs[i] for rule in chosen]))
+    for i, leaf in enumerate(tensor_leaves(node.meta["val"])):
+        pairs.append((leaf, [rule.outputs[i] for rule in chosen]))
+    return not any(isinstance(value, torch.Tensor) and has_empty_piece(value.shape, tuple(row), outer) for value, row in pairs)
 
 
 def _reachable(rule: Rule, node: fx.Node, nodes: dict[str, NodePlan], axis: int) -> bool:
