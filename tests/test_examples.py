@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,15 @@ def test_the_example_runs_from_a_shell(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     check(name, done.stdout)
+
+
+def test_the_example_in_the_readme_runs() -> None:
+    readme = (EXAMPLES.parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    names["model"].close()
+    assert names["loss"].item() > 0
 
 
 def test_the_attach_example_runs_under_torchrun(tmp_path: Path) -> None:

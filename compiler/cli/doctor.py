@@ -86,7 +86,7 @@ def _backends() -> list[Finding]:
 def _extras() -> list[Finding]:
     uses = {
         "transformers": "the public models of the test suite",
-        "hypothesis": "the property tests",
+        "hypothesis": "hocket.testing",
         "scipy": "an independent solver in tests",
     }
     found = []
