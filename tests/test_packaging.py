@@ -154,7 +154,6 @@ def test_an_installed_wheel_works_without_the_checkout(distributions: Path, tmp_
     assert "hocket doctor" in doctor
 
 
-@pytest.mark.slow
 def test_an_editable_install_follows_the_checkout(tmp_path: Path) -> None:
     """A file added after the installation is found."""
     checkout = tmp_path / "my-checkout"
