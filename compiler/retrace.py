@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .verify.shrink import skeleton_difference
 class Retrace:
     """The call ``target(*args, **kwargs)``, to be captured again with some of its named sizes replaced.
 
+    step: captures (args, kwargs) instead, where the program is more than the call (a whole training step).
     Call it with ``{"B": 2, "S": 3}``; sizes that are not mentioned stay. Raises CaptureError where the target does not trace there.
     """
 
@@ -32,6 +34,7 @@ class Retrace:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     train: bool = True
+    step: Callable[[tuple[Any, ...], dict[str, Any]], Program] | None = None
 
     def __call__(self, sizes: Mapping[str, int]) -> Program:
         """The program of the same call at other sizes; only shapes and dtypes of the inputs matter, not their values."""
@@ -44,6 +47,8 @@ class Retrace:
             for name, leaf in leaves
         ]
         args, kwargs = pytree.tree_unflatten(resized, spec)
+        if self.step is not None:
+            return self.step(tuple(args), kwargs)
         return capture(self.target, tuple(args), kwargs, train=self.train)
 
 
@@ -88,10 +93,11 @@ def quiet_fakes() -> Iterator[None]:
 
 def _small_sizes(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     chosen: dict[str, int] = {}
-    rows = 2
+    taken = {size for size in sizes.values() if size <= 2 * ranks or size % ranks}
     for name, size in sizes.items():
-        small = rows * ranks
-        if small < size and size % ranks == 0:
-            chosen[name] = small
-            rows += 1
+        if size % ranks == 0:
+            small = next(rows * ranks for rows in itertools.count(2) if rows * ranks not in taken)
+            if small < size:
+                chosen[name] = small
+                taken.add(small)
     return chosen

@@ -48,12 +48,15 @@ class LocalGraph:
         """A rank-dependent integer; the same one is made once."""
         key = (function, *args)
         if key not in self._integers:
-            value = 0 if function is coordinate else function(*(on_rank_0(a) if isinstance(a, fx.Node) else a for a in args))
-            node = self.graph.call_function(function, args)
-            node.meta["val"] = value
-            node.meta[NOTE] = dataclasses.replace(self.template, layouts=(None,))
-            self._integers[key] = node
+            self._integers[key] = self._integer(function, *args)
         return self._integers[key]
+
+    def _integer(self, function: Callable[..., int], *args: int | str | fx.Node) -> fx.Node:
+        value = 0 if function is coordinate else function(*(on_rank_0(a) if isinstance(a, fx.Node) else a for a in args))
+        node = self.graph.call_function(function, args)
+        node.meta["val"] = value
+        node.meta[NOTE] = dataclasses.replace(self.template, layouts=(None,))
+        return node
 
     def length(self, total: Size, axis: int) -> Size:
         """Length of this rank's chunk of ``total`` along a mesh axis."""
@@ -63,9 +66,13 @@ class LocalGraph:
         return self.integer(local_size, total, parts, self.integer(coordinate, name))
 
     def offset(self, total: Size, axis: int) -> Size:
-        """Where this rank's chunk of ``total`` starts."""
+        """Where this rank's chunk of ``total`` starts.
+
+        Made anew at every use: were it shared, two dimensions that happen to be of one length would lower to another graph than two
+        that are not, and a proof at small sizes would say nothing about the large ones.
+        """
         name, parts = self.mesh.axes[axis]
-        return self.integer(local_offset, total, parts, self.integer(coordinate, name))
+        return self._integer(local_offset, total, parts, self.integer(coordinate, name))
 
     def longest(self, total: Size, parts: int) -> Size:
         """Length of the longest chunk, ``ceil(total / parts)``."""

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from ...runtime.mesh import Mesh
 from ..capture import Specialisations, capture_step, initial_state
 from ..errors import InputError
+from ..program import Program
+from ..retrace import Retrace
 from .hall import Compiled, compile_program
 from .loaded import Loaded
 from .parallelize import open_session
@@ -66,9 +68,14 @@ class TrainStep:
     def _compile(self, _: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loaded:  # noqa: FBT001 (a callback)
         start = time.perf_counter()
         model = self.session.state.captured
-        program = capture_step(model, self.optimizer, args, kwargs, loss=self._loss)
+
+        def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+            return capture_step(model, self.optimizer, args, kwargs, loss=self._loss)
+
+        program = step(args, kwargs)
         captured = time.perf_counter() - start
-        compiled = compile_program(program, self.session.options).timed(capture=captured)
+        retrace = Retrace(model, args, kwargs, step=step)
+        compiled = compile_program(program, self.session.options, retrace=retrace).timed(capture=captured)
         tensors = {**state_of(model), **{("state", name): tensor for name, tensor in self._state.items()}}
         return Loaded(self.session.engine, compiled, tensors)
 

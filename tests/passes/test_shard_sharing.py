@@ -5,6 +5,7 @@ from lowered_programs import collectives, lower, plan_of, program_of
 
 from hocket.compiler.layout import Layout, Partial, Replicate, Shard
 from hocket.compiler.program import Phase, annotate, note
+from hocket.compiler.verify.shrink import skeleton_difference
 from hocket.runtime.mesh import Mesh
 
 aten = torch.ops.aten
@@ -78,3 +79,20 @@ def test_signature_roles_and_the_logical_program_are_left_alone() -> None:
     assert lowered.mesh == ONE
     assert lowered.signature == program.signature
     assert [node.name for node in lowered.nodes] == [node.name for node in program.nodes]
+
+
+def test_lengths_that_happen_to_be_equal_do_not_change_the_lowered_graph() -> None:
+    nodes = {
+        "x": ((), ((R,),)),
+        "y": ((), ((R,),)),
+        "relu_default": (((S0,),), ((S0,),)),
+        "neg_default": (((S1,),), ((S1,),)),
+    }
+
+    def two(graph, x, y):
+        return [graph.call_function(aten.relu.default, (x,)), graph.call_function(aten.neg.default, (y,))]
+
+    equal, different = (
+        lower(program_of(two, {"x": (4, 6), "y": (4, width)}), plan_of(ONE, nodes, [(S0,), (S1,)])) for width in (4, 8)
+    )
+    assert not skeleton_difference(equal, different)
