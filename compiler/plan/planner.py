@@ -22,9 +22,21 @@ from ..program import Program, RoleKind
 from ..rules.rule import Rule
 from . import reasons
 from .constraints import Restriction, port_restrictions, products_cutting, tactics_by_axis
-from .elimination import Infeasible, Solution, minimise
+from .elimination import LARGE, LARGEST, SMALL, Infeasible, Solution, minimise
 from .plan import Certificate, NodePlan, Plan
-from .problem import UNIT, AxisProblem, Choice, Labels, Pricing, ProblemBuilder, Rules, input_layout, output_layout, whole_rule
+from .problem import (
+    AVOIDED,
+    UNIT,
+    AxisProblem,
+    Choice,
+    Labels,
+    Pricing,
+    ProblemBuilder,
+    Rules,
+    input_layout,
+    output_layout,
+    whole_rule,
+)
 from .tactics import Auto, Promises, Tactic
 from .view import Site, View, view_program
 
@@ -180,8 +192,8 @@ class _Search:
         unchanged = 0
         for turn, axis in enumerate(itertools.islice(itertools.cycle(order), MAX_ROUNDS * len(order))):
             problem = builder.build(self._labels(pricing, axis, choices))
-            solution = self._solve(problem, axis)
             is_first = turn < len(order)
+            solution = self._solve(problem, axis, is_first=is_first)
             if is_first or objective is None or solution.objective < objective:
                 unchanged, objective = 0, solution.objective
                 problems[axis], solutions[axis] = problem, solution
@@ -216,17 +228,40 @@ class _Search:
             f"{format_layout(layout)} of {' and '.join(others)}: a dimension cut over two axes must divide evenly"
         )
 
-    def _solve(self, problem: AxisProblem, axis: int) -> Solution:
+    def _solve(self, problem: AxisProblem, axis: int, *, is_first: bool) -> Solution:
         try:
-            return minimise(problem.domains, problem.factors)
+            return self._minimised(problem, is_first=is_first)
         except Infeasible as error:
             index = error.variable
             site = self.view.sites[index] if index < len(self.view.sites) else None
             where = f"{site.role or site.name}" if site else "a shared value"
+            if not error.is_proven:
+                where = "the program, in the search that its size allows,"
             said = sorted({r.origin for r in self.restrictions[axis].values() if not r.origin.startswith("its shape")})
             raise PlanError(
                 f"no plan on axis {self.mesh.names[axis]}: {where} has no placement left under {'; '.join(said)}"
             ) from error
+
+    def _minimised(self, problem: AxisProblem, *, is_first: bool) -> Solution:
+        """On several axes small tables, and at an axis's first turn large ones too where the small ones leave a move that some
+        tactic avoids; the better of both. Before it is said that nothing is possible, the largest.
+        """
+        if len(self.mesh.axes) == 1:
+            sizes: tuple[int, ...] = (LARGE,)
+        else:
+            sizes = (SMALL, LARGE) if is_first else (SMALL,)
+        best: Solution | None = None
+        for size in sizes:
+            try:
+                found = minimise(problem.domains, problem.factors, max_table=size)
+            except Infeasible as error:
+                if error.is_proven:
+                    raise
+                continue
+            best = found if best is None or found.objective < best.objective else best
+            if best.objective - found.lower_bound < AVOIDED:
+                break
+        return best or minimise(problem.domains, problem.factors, max_table=LARGEST)
 
     def _bound(
         self, pricing: Pricing, problems: Mapping[int, AxisProblem], solutions: Mapping[int, Solution], objective: int

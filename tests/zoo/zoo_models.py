@@ -12,6 +12,7 @@ from zoo_public import PUBLIC, mixtral
 SETTINGS: dict[str, dict[str, object]] = {
     "dropout": {"random": True},
     "autocast_bfloat16": {"tolerance": 2e-2},  # bfloat16 keeps 8 bits, and pieces round their own sums
+    "batch_norm": {"double": "the gradient of a bias before a batch norm is zero but for rounding"},
     "resnet18": {"double": "batch norm over four small pictures multiplies rounding: 5e-5 in float32"},
     "mlp_mixer": {"double": "a bias before a layer norm over its channels has a gradient of cancelling terms: 3e-5 in float32"},
 }
