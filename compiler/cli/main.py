@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", parents=[common], help="train a small Llama on two local ranks, prove it, show every pass")
     demo.add_argument("--mesh", default="d=2", help="ranks to use (default: %(default)s, the axis left to the planner)")
-    demo.add_argument("--steps", type=int, default=120, help="training steps (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=60, help="training steps (default: %(default)s)")
     demo.add_argument("--out", default="artefacts", help="folder for the generated program and the trace (default: %(default)s)")
 
     model = argparse.ArgumentParser(add_help=False)
