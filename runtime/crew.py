@@ -19,7 +19,6 @@ from typing import Any
 
 from . import wire
 from .errors import RunError
-from .exchange import exchange_bytes
 from .faults import AFTERWARDS, Evidence, describe_exit, diagnose
 from .launcher import RankProcess, launcher
 from .mesh import Mesh
@@ -77,12 +76,11 @@ class Crew:
         self._failures: dict[int, dict[str, Any]] = {}
         self._dead: dict[int, str] = {}
         self._silent: set[int] = set()
-        shared = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("hocket-store", "hocket-exchange")]
+        store = os.memfd_create("hocket-store", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(shared[1], exchange_bytes(mesh))
-            self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], shared, limits.start)
+            self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], store, limits.start)
         finally:
-            wire.close_all(shared)
+            os.close(store)
         self._watch()
         self._rounds[0] = _Round(set(range(mesh.size)), {}, {})
         self.wait(0, limits.start)
