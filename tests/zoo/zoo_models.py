@@ -88,7 +88,7 @@ REFUSED: dict[str, Refused] = {
         Refused(
             "mixtral_grouped",
             lambda: mixtral("grouped_mm"),
-            "modeling_mixtral.py",
+            "experts_forward(self",
             "batched_mm",
             "transformers' grouped product off CUDA is an op of its own whose shapes depend on values",
             slow=True,
