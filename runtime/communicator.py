@@ -1,9 +1,9 @@
 # ruff: noqa: ARG002  (the communicator of one rank implements a protocol whose arguments it has no use for)
 """What an executor asks of the network, for one rank. Axes are mesh-axis names; peers and sources are indices on the axis.
 
-Every operation returns a ``Pending`` at once and reads its input before that, or from a private copy: the executor may reuse
-the input right away. ``wait`` gives the result. The counter ``wire`` holds the bytes that this rank sends by the standard formulas
-of bandwidth-optimal algorithms (Patarasso and Yuan 2009; ring), whatever the transport really does:
+Every operation returns a ``Pending`` at once. It may read its input until it is waited for or flushed: programs are functional,
+so nothing overwrites a value. ``wait`` gives the result. The counter ``wire`` holds the bytes that this rank sends by the standard
+formulas of bandwidth-optimal algorithms (Patarasso and Yuan 2009; ring), whatever the transport really does:
 
     all_gather       (p-1) * input bytes           reduce_scatter   (p-1)/p * input bytes
     all_reduce     2*(p-1)/p * input bytes         all_to_all       bytes meant for other ranks

@@ -19,6 +19,7 @@ from typing import Any
 
 from . import wire
 from .errors import RunError
+from .exchange import exchange_bytes
 from .faults import AFTERWARDS, Evidence, describe_exit, diagnose
 from .launcher import RankProcess, launcher
 from .mesh import Mesh
@@ -76,11 +77,12 @@ class Crew:
         self._failures: dict[int, dict[str, Any]] = {}
         self._dead: dict[int, str] = {}
         self._silent: set[int] = set()
-        store = os.memfd_create("hocket-store", os.MFD_CLOEXEC)
+        shared = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("hocket-store", "hocket-exchange")]
         try:
-            self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], store, limits.start)
+            os.ftruncate(shared[1], exchange_bytes(mesh))
+            self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], shared, limits.start)
         finally:
-            os.close(store)
+            wire.close_all(shared)
         self._watch()
         self._rounds[0] = _Round(set(range(mesh.size)), {}, {})
         self.wait(0, limits.start)

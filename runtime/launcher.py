@@ -138,8 +138,8 @@ class Launcher:
                 wire.close_all([controller, log_fd])
             self._sock, self._log, self._inbox = ours, (log_fd, log), wire.Inbox(ours)
 
-    def start_ranks(self, configs: Sequence[dict[str, Any]], store: int, timeout: float) -> list[RankProcess]:
-        """Fork one rank per configuration. ``store``: descriptor of the file through which they find each other. RunError if the
+    def start_ranks(self, configs: Sequence[dict[str, Any]], shared: Sequence[int], timeout: float) -> list[RankProcess]:
+        """Fork one rank per configuration. ``shared``: descriptors of files for all of them. RunError if the
         zygote cannot be started or does not answer within ``timeout`` seconds."""
         with self._lock:
             self.warm_up()
@@ -149,7 +149,7 @@ class Launcher:
             try:
                 for channel, config in zip(channels, configs, strict=True):
                     packet = wire.Packet(wire.Op.LOAD, channel.rank, 0, 0, json.dumps(config).encode())
-                    wire.send(self._sock, packet, channel.theirs(store))
+                    wire.send(self._sock, packet, channel.theirs(shared))
                     channel.close_theirs()
                 deadline = time.monotonic() + timeout
                 started.extend(self._adopt(channel, deadline) for channel in channels)
@@ -207,9 +207,9 @@ class _Channel:
         self.page = mmap.mmap(self._page_fd, PAGE_BYTES)
         self._log_fd, self.log = _make_log()
 
-    def theirs(self, store: int) -> list[int]:
+    def theirs(self, shared: Sequence[int]) -> list[int]:
         """In the order in which the zygote unpacks them."""
-        return [self._theirs.fileno(), self._page_fd, self._log_fd, self._status_theirs, store]
+        return [self._theirs.fileno(), self._page_fd, self._log_fd, self._status_theirs, *shared]
 
     def close_theirs(self) -> None:
         self._theirs.close()

@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 
 from .communicator import Communicator, SingleCommunicator
+from .exchange import Exchange, is_available
 from .gloo import GlooCommunicator
 from .mesh import Mesh
+from .shm import ShmCommunicator
+from .wire import close_all
 
 
 def backend_for(device: torch.device) -> str:
@@ -24,10 +27,15 @@ def backend_for(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def connect_local(mesh: Mesh, rank: int, store_fd: int, device: torch.device, timeout: float) -> Communicator:
-    """Join the ranks that inherited the same ``store_fd``. timeout: seconds for the meeting and for any single collective."""
+def connect_local(mesh: Mesh, rank: int, shared: tuple[int, int], device: torch.device, timeout: float) -> Communicator:
+    """Join the ranks that inherited the same files. On the CPU they talk through shared memory where that is possible.
+
+    shared: descriptors of the file in which they find each other, and of the one through which tensors travel (``exchange``).
+    timeout: seconds for the meeting and for any single collective.
+    """
+    store_fd, exchange_fd = shared
     if mesh.size == 1:
-        os.close(store_fd)
+        close_all(shared)
         return SingleCommunicator(mesh)
     loopback = "lo" if sys.platform == "linux" else "lo0"
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
@@ -35,4 +43,8 @@ def connect_local(mesh: Mesh, rank: int, store_fd: int, device: torch.device, ti
     store = torch._C._distributed_c10d.FileStore(f"/proc/self/fd/{store_fd}", mesh.size)
     store.set_timeout(limit)
     dist.init_process_group(backend_for(device), store=store, rank=rank, world_size=mesh.size, timeout=limit)
-    return cast(Communicator, GlooCommunicator(mesh, timeout))
+    gloo = GlooCommunicator(mesh, timeout)
+    if not is_available(device):
+        os.close(exchange_fd)
+        return cast(Communicator, gloo)
+    return ShmCommunicator(gloo, Exchange(exchange_fd, mesh, rank), timeout)

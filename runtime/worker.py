@@ -33,6 +33,7 @@ from .program import RankProgram
 from .rendezvous import connect_local
 from .resident import Resident
 from .segments import Location, MappedSegments
+from .shm import ExchangeError
 
 _MAX_TEXT = 40_000
 _MAX_VIEWS = 4096
@@ -40,14 +41,14 @@ _COMMUNICATION = ("gloo/", "Connection closed by peer", "Connection reset by pee
 _MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "Unable to mmap")
 
 
-def main(sock: socket.socket, page_fd: int, store_fd: int, config: dict[str, Any]) -> NoReturn:
+def main(sock: socket.socket, page_fd: int, shared: tuple[int, int], config: dict[str, Any]) -> NoReturn:
     """Run a rank to its end. ``config``: rank, mesh (axes), threads, device, timeout (seconds) and, in tests, ``hook``."""
     page = mmap.mmap(page_fd, PAGE_BYTES)
     os.close(page_fd)
     torch.set_num_threads(config["threads"])
     worker = Worker(sock, page, config)
     try:
-        worker.start(store_fd)
+        worker.start(shared)
         worker.loop()
     except wire.Closed:
         pass
@@ -77,12 +78,12 @@ class Worker:
 
     # --- life
 
-    def start(self, store_fd: int) -> None:
-        """Meet the other ranks and say so."""
+    def start(self, shared: tuple[int, int]) -> None:
+        """Meet the other ranks and say so. shared: files that all ranks have, see ``connect_local``."""
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            self.communicator = connect_local(self.mesh, self.rank, store_fd, self.device, self.config["timeout"])
+            self.communicator = connect_local(self.mesh, self.rank, shared, self.device, self.config["timeout"])
             if self.config.get("hook"):
                 self._install(self.config["hook"])
             self.page.state(State.IDLE)
@@ -144,7 +145,8 @@ class Worker:
             "message": text[:2000],
             "traceback": "".join(traceback.format_exception(cause))[-_MAX_TEXT:],
             "memory": isinstance(cause, MemoryError | torch.OutOfMemoryError) or any(mark in text for mark in _MEMORY),
-            "communication": isinstance(cause, RuntimeError | OSError) and any(mark in text for mark in _COMMUNICATION),
+            "communication": isinstance(cause, ExchangeError)
+            or (isinstance(cause, RuntimeError | OSError) and any(mark in text for mark in _COMMUNICATION)),
         }
         answer = wire.Packet(wire.Op.FAILED, packet.handle, packet.sequence, packet.ticket, json.dumps(report).encode())
         wire.send(self.sock, answer)

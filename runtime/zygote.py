@@ -81,19 +81,19 @@ class _Server:
         wire.close_all([pidfd, pipe])
 
     def _fork(self, packet: wire.Packet, descriptors: list[int]) -> int:
-        control, page, log, pipe, store = descriptors
+        control, page, log, pipe, store, exchange = descriptors
         zygote = os.getpid()
         pid = os.fork()
         if pid == 0:
             self._become_rank(json.loads(packet.payload), zygote, descriptors)
         pidfd = os.pidfd_open(pid)
         self.children[pidfd] = (pid, pipe)
-        wire.close_all([control, page, log, store])
+        wire.close_all([control, page, log, store, exchange])
         wire.send(self.sock, packet._replace(payload=json.dumps({"pid": pid}).encode()), [pidfd])
         return pidfd
 
     def _become_rank(self, config: dict[str, Any], zygote: int, descriptors: list[int]) -> NoReturn:
-        control, page, log, pipe, store = descriptors
+        control, page, log, pipe, store, exchange = descriptors
         try:
             self.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != zygote:
@@ -105,7 +105,7 @@ class _Server:
             others = [fd for pidfd, (_, status) in self.children.items() for fd in (pidfd, status)]
             wire.close_all([*others, pipe, log, self.sock.fileno() if self.sock.fileno() >= 0 else pipe])
             self._guard()
-            self.worker.main(socket.socket(fileno=control), page, store, config)
+            self.worker.main(socket.socket(fileno=control), page, (store, exchange), config)
         finally:
             sys.stderr.flush()
             os._exit(1)
