@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .compiler.capture import capture
     from .compiler.doors.parallelize import parallel, parallelize
     from .compiler.doors.train import train_step
-    from .compiler.plan.tactics import Auto, DataParallel, SequenceParallel, TensorParallel, Zero
+    from .compiler.plan.tactics import Auto, DataParallel, Rewrites, SequenceParallel, TensorParallel, Zero
     from .compiler.verify.standalone import verify
     from .runtime.mesh import Mesh
 
@@ -25,6 +25,7 @@ __all__ = [
     "Auto",
     "DataParallel",
     "Mesh",
+    "Rewrites",
     "SequenceParallel",
     "TensorParallel",
     "Zero",
@@ -39,6 +40,7 @@ _HOME = {
     "Auto": ".compiler.plan.tactics",
     "DataParallel": ".compiler.plan.tactics",
     "Mesh": ".runtime.mesh",
+    "Rewrites": ".compiler.plan.tactics",
     "SequenceParallel": ".compiler.plan.tactics",
     "TensorParallel": ".compiler.plan.tactics",
     "Zero": ".compiler.plan.tactics",

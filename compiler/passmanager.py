@@ -65,7 +65,7 @@ def run_passes(
     pass, the node and both source lines; HocketError for a pass that breaks an invariant.
     """
     name, levels = policy(level) if level is None or isinstance(level, str) else ("chosen levels", level)
-    small = retrace() if retrace is not None and levels else None
+    small = retrace() if retrace is not None and levels and passes else None
     if small is not None:
         _require_same_skeleton(program, small, "the program that retrace captured")
     records = []

@@ -14,6 +14,7 @@ PUBLIC = [
     "Auto",
     "DataParallel",
     "Mesh",
+    "Rewrites",
     "SequenceParallel",
     "TensorParallel",
     "Zero",

@@ -19,10 +19,11 @@ from ..emit import emit
 from ..passmanager import PassRecord, run_passes
 from ..plan.plan import Plan
 from ..plan.planner import plan
-from ..plan.tactics import Tactic
+from ..plan.tactics import RewriteTactic, Tactic, placing_tactics, rewrites_of
 from ..program import Program
 from ..retrace import Retrace, smaller_program
 from ..rules.table import RuleTable
+from ..verify.report import Status, Verdict
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Options:
 
     outputs: "any" where the engine can read pieces of an output in place, "replicate" where every rank needs all of it; gradients:
     "any" where a gradient may lie otherwise than its parameter, "like-params" where it must not; level: how much to prove, None for
-    the environment's HOCKET_VERIFY; passes: rewrites after sharding, in order.
+    the environment's HOCKET_VERIFY.
     """
 
     mesh: Mesh
-    tactics: Sequence[Tactic] | str = "auto"
+    tactics: Sequence[Tactic | RewriteTactic] | str = "auto"
     constraints: Mapping[str, Any] | None = None
     memory_limit: int | None = None
     outputs: str = "any"
@@ -43,22 +44,34 @@ class Options:
     level: str | None = None
     cluster: Cluster = field(default_factory=Cluster.current)
     rules: RuleTable = field(default_factory=RuleTable)
-    passes: tuple[Pass, ...] = ()
+
+    @property
+    def before(self) -> tuple[Pass, ...]:
+        """Rewrites of the logical program, in order."""
+        return tuple(one for tactic in rewrites_of(self.tactics) for one in tactic.rewrites_before())
+
+    @property
+    def after(self) -> tuple[Pass, ...]:
+        """Rewrites of the sharded program, in order."""
+        return tuple(one for tactic in rewrites_of(self.tactics) for one in tactic.rewrites_after())
 
 
 @dataclass(frozen=True)
 class Compiled:
     """One specialisation: everything known about it.
 
-    seconds: wall time of each stage of compilation; smaller: gives the same program at small sizes, None where there is none.
+    captured, program: before and after the rewrites that precede planning; seconds: wall time of each stage of compilation;
+    smaller_captured, smaller: give the same two programs at small sizes, None where there are none.
     """
 
+    captured: Program
     program: Program
     plan: Plan
     lowered: Program
     records: tuple[PassRecord, ...]
     instructions: RankProgram
     seconds: Mapping[str, float]
+    smaller_captured: Callable[[], Program | None] | None = None
     smaller: Callable[[], Program | None] | None = None
 
     def timed(self, **seconds: float) -> Compiled:
@@ -75,23 +88,46 @@ def compile_program(
     constraints. Raises PlanError or VerificationError.
     """
     marks = [time.perf_counter()]
+    smaller = None if retrace is None else functools.cache(functools.partial(smaller_program, program, retrace, options.mesh))
+    context = Context(options.mesh, options.rules, options.cluster)
+    rewritten, early = run_passes(program, options.before, context, level=options.level, retrace=smaller)
+    marks.append(time.perf_counter())
     chosen = plan(
-        program,
+        rewritten,
         options.mesh,
         options.rules,
         options.cluster,
-        options.tactics,
+        placing_tactics(options.tactics),
         {**(options.constraints or {}), **(fixed or {})},
         outputs=options.outputs,
         gradients=options.gradients,
         memory_limit=options.memory_limit,
     )
     marks.append(time.perf_counter())
-    smaller = None if retrace is None else functools.partial(smaller_program, program, retrace, options.mesh)
-    context = Context(options.mesh, options.rules, options.cluster, chosen)
-    lowered, records = run_passes(program, (Shard(), *options.passes), context, level=options.level, retrace=smaller)
+    small = smaller if not options.before else functools.partial(_rewritten, smaller, options.before, context)
+    placed = dataclasses.replace(context, plan=chosen)
+    lowered, records = run_passes(rewritten, (Shard(), *options.after), placed, level=options.level, retrace=small)
     marks.append(time.perf_counter())
     instructions = emit(lowered)
     marks.append(time.perf_counter())
-    seconds = dict(zip(("plan", "passes and proof", "emit"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
-    return Compiled(program, chosen, lowered, records, instructions, seconds, smaller)
+    stages = ("rewrite", "plan", "passes and proof", "emit")
+    seconds = dict(zip(stages, (b - a for a, b in itertools.pairwise(marks)), strict=True))
+    return Compiled(program, rewritten, chosen, lowered, (*early, *records), instructions, seconds, smaller, small)
+
+
+def prove_again(compiled: Compiled, options: Options, level: str) -> Verdict:
+    """Every pass once more, proven to another level; the verdict of the first that is not shown equal, or of the last."""
+    context = Context(options.mesh, options.rules, options.cluster)
+    _, early = run_passes(compiled.captured, options.before, context, level=level, retrace=compiled.smaller_captured)
+    placed = dataclasses.replace(context, plan=compiled.plan)
+    _, late = run_passes(compiled.program, (Shard(), *options.after), placed, level=level, retrace=compiled.smaller)
+    verdicts = [record.verdict for record in (*early, *late)]
+    return next((verdict for verdict in verdicts if verdict.status is not Status.EQUAL), verdicts[-1])
+
+
+def _rewritten(smaller: Callable[[], Program | None] | None, passes: tuple[Pass, ...], context: Context) -> Program | None:
+    """The small program after passes that are proven already."""
+    small = smaller() if smaller is not None else None
+    if small is None:
+        return None
+    return run_passes(small, passes, context, level="off")[0]

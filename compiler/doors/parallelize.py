@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...runtime.engines.base import Engine
 from ...runtime.mesh import Mesh
 from ..errors import InputError
-from ..plan.tactics import Tactic
+from ..plan.tactics import RewriteTactic, Tactic
 from .engines import engine_opener
 from .hall import Options
 from .module import ParallelModule, lazy_class, parallel_view
@@ -29,7 +29,7 @@ def parallelize(
     example_args: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    tactics: Sequence[Tactic] | str = "auto",
+    tactics: Sequence[Tactic | RewriteTactic] | str = "auto",
     engine: str | Engine = "local",
     constraints: Mapping[str, Any] | None = None,
     verify: str | None = None,
@@ -41,6 +41,7 @@ def parallelize(
     mesh: ``"tp=2"``, ``"dp=2,tp=2"``, or a number of ranks.
     example_args, example_kwargs: inputs of one call, to compile now rather than at the first call.
     tactics: ``"auto"``, or a list such as ``[DataParallel("dp"), TensorParallel("tp")]``; the planner decides what it leaves open.
+    A ``Rewrites(before=..., after=...)`` among them adds passes of your own.
     engine: ``"local"`` (ranks are processes of this machine), ``"sim"`` (all ranks in this process), ``"attach"`` (this process is
     one rank, started by torchrun or SLURM), or an engine of your own.
     constraints: parameter or input name (globs) -> placements, such as ``{"layers.*.up.weight": "tp:S(0)"}``.
@@ -75,7 +76,7 @@ def open_session(
     model: nn.Module,
     mesh: str | int | Mesh,
     *,
-    tactics: Sequence[Tactic] | str = "auto",
+    tactics: Sequence[Tactic | RewriteTactic] | str = "auto",
     engine: str | Engine = "local",
     constraints: Mapping[str, Any] | None = None,
     verify: str | None = None,
@@ -142,11 +143,14 @@ def _check_model(model: object) -> None:
         )
 
 
-def _check_tactics(tactics: object) -> Sequence[Tactic] | str:
+def _check_tactics(tactics: object) -> Sequence[Tactic | RewriteTactic] | str:
     if isinstance(tactics, str):
         if tactics != "auto":
             raise InputError(f'tactics must be "auto" or a list such as [TensorParallel("tp")]; found {tactics!r}')
         return tactics
     if not isinstance(tactics, Sequence):
         raise InputError(f'tactics must be "auto" or a list such as [TensorParallel("tp")]; found {type(tactics).__name__}')
+    for tactic in tactics:
+        if not isinstance(tactic, Tactic | RewriteTactic):
+            raise InputError(f'tactics holds {tactic!r}, which is no tactic; expected such as TensorParallel("tp")')
     return tactics

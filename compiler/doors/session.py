@@ -12,17 +12,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ...passes.shard import Shard
 from ...runtime.engines.base import Engine
 from ..capture import Specialisations, capture
-from ..contract import Context
 from ..errors import InputError
 from ..layout import format_layout
-from ..passmanager import run_passes
 from ..program import RoleKind
 from ..retrace import Retrace
 from .autograd import Call, RanksFunction
-from .hall import Compiled, Options, compile_program
+from .hall import Compiled, Options, compile_program, prove_again
 from .loaded import Loaded
 from .state import ModelState
 from .threads import single_threaded
@@ -135,11 +132,7 @@ class Session:
 
     def verify(self, level: str) -> Verdict:
         """See ``ParallelModule.verify``."""
-        compiled = self.compiled
-        context = Context(self.options.mesh, self.options.rules, self.options.cluster, compiled.plan)
-        passes = (Shard(), *self.options.passes)
-        _, records = run_passes(compiled.program, passes, context, level=level, retrace=compiled.smaller)
-        return records[-1].verdict
+        return prove_again(self.compiled, self.options, level)
 
 
 @contextmanager

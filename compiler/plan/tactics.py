@@ -12,13 +12,60 @@ batch still gets its whole input, and the plan says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..contract import Pass
 from ..layout import Partial, Placement, Replicate, Shard
 from ..program import Role, RoleKind
 
 Placements = tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class RewriteTactic:
+    """What a person asks of the program rather than of one mesh axis. Every placement stays as the other tactics leave it.
+
+    The passes it names run in order and are proven like any other: those before see the logical program that is then planned and
+    sharded, those after see the sharded one.
+    """
+
+    def rewrites_before(self) -> tuple[Pass, ...]:
+        """Passes over the logical program, before planning."""
+        return ()
+
+    def rewrites_after(self) -> tuple[Pass, ...]:
+        """Passes over the sharded program."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Rewrites(RewriteTactic):
+    """Passes of your own: ``tactics=[TensorParallel("tp"), Rewrites(after=(MyPass(),))]``."""
+
+    before: tuple[Pass, ...] = ()
+    after: tuple[Pass, ...] = ()
+
+    def rewrites_before(self) -> tuple[Pass, ...]:
+        """The passes given as ``before``."""
+        return self.before
+
+    def rewrites_after(self) -> tuple[Pass, ...]:
+        """The passes given as ``after``."""
+        return self.after
+
+
+def rewrites_of(tactics: Sequence[Tactic | RewriteTactic] | str) -> tuple[RewriteTactic, ...]:
+    """Those of the tactics that rewrite, in order."""
+    return () if isinstance(tactics, str) else tuple(t for t in tactics if isinstance(t, RewriteTactic))
+
+
+def placing_tactics(tactics: Sequence[Tactic | RewriteTactic] | str) -> Sequence[Tactic] | str:
+    """Those of the tactics that place, ``"auto"`` where none does."""
+    if isinstance(tactics, str):
+        return tactics
+    return [t for t in tactics if not isinstance(t, RewriteTactic)] or "auto"
 
 
 @dataclass(frozen=True)
