@@ -48,6 +48,7 @@ class RoleKind(enum.StrEnum):
     STATE = "state"  # optimizer state, named "exp_avg:layers.0.weight"
     SEED = "seed"  # int64 scalar behind the random numbers of the step
     CONSTANT = "constant"  # value in Program.constants
+    VALUE = "value"  # handed from one part of a step to another, inside a pipeline
     OUTPUT = "output"
     GRADIENT = "gradient"  # dL/d(param or input of that name)
     UPDATE = "update"  # new value of the param, buffer, state or input of that name
