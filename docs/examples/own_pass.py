@@ -87,3 +87,7 @@ except hocket.errors.VerificationError as error:
     print("refused:", str(error)[:300], "...")
 else:
     raise SystemExit("the careless pass was not refused")
+
+x = torch.randn(4, 8)
+with hocket.parallelize(Net(), mesh, (x,), tactics=[hocket.Rewrites(before=(SplitSilu(),))], engine="sim") as model:
+    print("in a compile of its own:", "split-silu" in model.explain(), tuple(model(x).shape))
