@@ -13,7 +13,7 @@ Every part is an ordinary ``Program``; what its inputs and outputs are is said b
              GRADIENT                         (part O only) the accumulated gradient of the parameter of that name
     outputs  VALUE                            joins the values this stage holds for this micro-batch
              OUTPUT                           a result of the micro-batch
-             UPDATE                           the new value of a BUFFER (part F, micro-batches in order), a PARAM or a STATE (part O)
+             UPDATE                           new value of a BUFFER (part F, micro-batches in order), of a PARAM or STATE (part O)
              GRADIENT                         to be added to the accumulated gradient of that parameter, micro-batches in order
 
 So a stage keeps, for every micro-batch, one dictionary from names to tensors. A message is an ordered tuple of names; after a
@@ -97,7 +97,7 @@ class StageProgram:
     """All parts of one stage, in an order in which they can run, and its messages.
 
     receives, sends: activations from stage - 1 and to stage + 1; receives_back, sends_back: gradients from stage + 1 and to
-    stage - 1. ``sends`` of one stage equals ``receives`` of the next, and ``sends_back`` of one ``receives_back`` of the one before.
+    stage - 1. ``sends`` of a stage equals ``receives`` of the next, and ``sends_back`` of a stage ``receives_back`` of the one before.
     parameters: those whose values the stage reads. values: everything that stands in its dictionary at some time, by name.
     """
 
@@ -131,7 +131,11 @@ class StageProgram:
 
 @dataclass(frozen=True)
 class TiedGroup:
-    """A parameter that several stages read. Each accumulates its own contributions; they are added once a step, last stage first."""
+    """A parameter that several stages read.
+
+    Each stage accumulates its own contributions; once a step they are added, the last stage's first, and part O of ``stages[0]``
+    updates the parameter.
+    """
 
     parameter: str
     stages: tuple[int, ...]
@@ -139,7 +143,10 @@ class TiedGroup:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A program cut into stages. program: the one that was cut (one micro-batch, with its decisions); stages: in order of the data."""
+    """A program cut into stages.
+
+    program: the one that was cut (one micro-batch, with its decisions); stages: in the order of the data.
+    """
 
     program: Program
     stages: tuple[StageProgram, ...]
