@@ -97,7 +97,7 @@ class StageProgram:
     """All parts of one stage, in an order in which they can run, and its messages.
 
     receives, sends: activations from stage - 1 and to stage + 1; receives_back, sends_back: gradients from stage + 1 and to
-    stage - 1. ``sends`` of a stage equals ``receives`` of the next, and ``sends_back`` of a stage ``receives_back`` of the one before.
+    stage - 1. ``sends`` of a stage equals ``receives`` of the next, ``sends_back`` equals ``receives_back`` of the one before.
     parameters: those whose values the stage reads. values: everything that stands in its dictionary at some time, by name.
     """
 
