@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .compiler.capture import capture
+    from .compiler.decoding.generate import generate
     from .compiler.doors.parallelize import parallel, parallelize
     from .compiler.doors.train import train_step
     from .compiler.plan.tactics import Auto, DataParallel, Rewrites, SequenceParallel, TensorParallel, Zero
@@ -30,6 +31,7 @@ __all__ = [
     "TensorParallel",
     "Zero",
     "capture",
+    "generate",
     "parallel",
     "parallelize",
     "train_step",
@@ -45,6 +47,7 @@ _HOME = {
     "TensorParallel": ".compiler.plan.tactics",
     "Zero": ".compiler.plan.tactics",
     "capture": ".compiler.capture",
+    "generate": ".compiler.decoding.generate",
     "parallel": ".compiler.doors.parallelize",
     "parallelize": ".compiler.doors.parallelize",
     "train_step": ".compiler.doors.train",

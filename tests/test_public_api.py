@@ -21,6 +21,7 @@ PUBLIC = [
     "__version__",
     "capture",
     "errors",
+    "generate",
     "parallel",
     "parallelize",
     "train_step",
