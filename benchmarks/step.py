@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 
 import step_compile
+import step_inductor
 import step_runtime
 import step_train
 import step_wire
@@ -35,6 +36,7 @@ def main() -> None:
         "compile": lambda: step_compile.rows(quick=options.quick),
         "wire": step_wire.rows,
         "step": lambda: step_train.rows(quick=options.quick),
+        "inductor": lambda: step_inductor.rows(quick=options.quick),
     }
     rows: list[Row] = []
     for name, measure in groups.items():

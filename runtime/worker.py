@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 import traceback
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -25,7 +25,7 @@ from . import wire
 from .communicator import Communicator
 from .errors import RunError
 from .executors.flat import FlatExecutor, Frame
-from .load import load
+from .load import LoadedProgram, load
 from .mesh import Mesh
 from .monitor import PAGE_BYTES, PageWriter, State
 from .ports import Piece, PortMap, writes
@@ -34,6 +34,9 @@ from .rendezvous import connect_local
 from .resident import Resident
 from .segments import Location, MappedSegments
 from .shm import ExchangeError
+
+if TYPE_CHECKING:
+    from .fusion import Fusion
 
 _MAX_TEXT = 40_000
 _MAX_VIEWS = 4096
@@ -201,9 +204,15 @@ class Worker:
             else:
                 bound[index] = torch.full(piece.shape, piece.fill, dtype=piece.dtype)
         ready = load(program, self.rank, device=self.device if self.device.type == "cuda" else None)
-        executor = FlatExecutor(ready, self.communicator, self.monitor)
+        fusion = self._fuse(ready, bound) if head["inductor"] else None
+        executor = FlatExecutor(ready, self.communicator, self.monitor, fusion.steps if fusion else None)
         self.programs[packet.handle] = Resident.of(executor, ports, bound, self.rank)
-        self._done(packet)
+        self._done(packet, json.dumps(fusion.report.to_json()).encode() if fusion else b"")
+
+    def _fuse(self, ready: LoadedProgram, bound: dict[int, torch.Tensor]) -> Fusion:
+        from .fusion import Fusion, input_forms  # takes seconds, and only who asks for it pays
+
+        return Fusion(ready, input_forms(ready.program, self.rank, bound, self.device), self.monitor.at)
 
     def read_program(self, text: bytes) -> RankProgram:
         """Parse and check a program; a place for test hooks."""

@@ -102,9 +102,13 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train on real local ranks beside plain torch, on one fixed batch."""
     target, mesh = _target(arguments), Mesh.parse(arguments.mesh)
     plain = copy.deepcopy(target.model)
-    with parallelize(target.model, mesh, target.args, target.kwargs, tactics=_tactics(arguments.tactic)) as parallel:
+    options: dict[str, Any] = {"tactics": _tactics(arguments.tactic), "inductor": arguments.inductor}
+    with parallelize(target.model, mesh, target.args, target.kwargs, **options) as parallel:
         session = session_of(parallel)
         console.print(captured(session.compiled), passes_table(session.compiled))
+        fusion = session.latest.fusion
+        if fusion is not None:
+            console.print(str(fusion))
         batches = itertools.repeat((target.args, target.kwargs))
         result = race(plain, parallel, batches, steps=arguments.steps, workers=mesh.size, loss_of=_any_loss, rate=arguments.lr)
         if arguments.trace:
@@ -125,6 +129,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "losses_ranks": result.ranks.losses,
         "worst_loss_difference": result.worst_loss_difference,
         "seconds": {how: lane.median(how) for lane in (result.plain, result.ranks) for how in lane.seconds},
+        "inductor": fusion.to_json() if fusion is not None else None,
         "ok": result.worst_loss_difference < 1e-3,
     }
 

@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     made["explain"].add_argument("--code", action="store_true", help="print the program that every rank runs")
     made["run"].add_argument("--steps", type=int, default=10, help="steps to run (default: %(default)s)")
     made["run"].add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
+    made["run"].add_argument(
+        "--inductor", action="store_true", help="compile what lies between two collectives with torch's Inductor (needs g++)"
+    )
     made["run"].add_argument("--trace", default="", metavar="FILE", help="write a Chrome/Perfetto trace of the last step")
     made["verify"].add_argument(
         "--level", default="full", choices=("types", "float", "ring", "full"), help="how much to prove (default: %(default)s)"

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import InputError
 from .parallelize import open_session
 
-OPTIONS = ("mesh", "tactics", "engine", "constraints", "verify", "memory_limit")
+OPTIONS = ("mesh", "tactics", "engine", "constraints", "verify", "memory_limit", "inductor")
 
 
 def hocket_backend(

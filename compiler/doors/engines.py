@@ -11,18 +11,27 @@ from ..errors import InputError
 ENGINES = ("local", "sim", "attach")
 
 
-def engine_opener(engine: str | Engine, mesh: Mesh) -> Callable[[], Engine]:
+def engine_opener(engine: str | Engine, mesh: Mesh, *, inductor: bool = False) -> Callable[[], Engine]:
     """A function that opens the engine of that name for a mesh, or gives the one passed in. InputError for a wrong name or mesh.
 
-    For ``local`` the first rank process begins to load at once, in the background; opening waits for it.
+    inductor: whether ranks compile the regions between collectives; InputError where the engine cannot. For ``local`` the first
+    rank process begins to load at once, in the background; opening waits for it.
     """
+    if not isinstance(inductor, bool):
+        raise InputError(f"inductor must be True or False, found {inductor!r}")
+    if inductor and engine not in ("local", "attach"):
+        raise InputError(
+            "inductor=True is for engine='local' and engine='attach'; the others run every instruction by itself"
+            if isinstance(engine, str)
+            else "inductor=True cannot change an engine that is open already; make it with LocalEngine(mesh, inductor=True)"
+        )
     match engine:
         case "local":
             from ...runtime.engines.local import LocalEngine
             from ...runtime.launcher import warm_up
 
             warm_up()
-            return lambda: LocalEngine(mesh)
+            return lambda: LocalEngine(mesh, inductor=inductor)
         case "sim":
             from ...runtime.engines.sim import SimEngine
 
@@ -30,7 +39,7 @@ def engine_opener(engine: str | Engine, mesh: Mesh) -> Callable[[], Engine]:
         case "attach":
             from ...runtime.engines.attach import AttachEngine
 
-            return lambda: AttachEngine(mesh)
+            return lambda: AttachEngine(mesh, inductor=inductor)
         case str():
             raise InputError(f"engine must be one of {', '.join(ENGINES)} or an Engine; found {engine!r}")
     given = engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ...runtime.engines.base import Engine
+from ...runtime.regions import Report
 from ..errors import HocketError
 from ..program import Literal, RoleKind
 from .hall import Compiled
+
+log = logging.getLogger("hocket")
 
 BOUND = frozenset({RoleKind.PARAM, RoleKind.BUFFER, RoleKind.STATE, RoleKind.CONSTANT})
 """Kinds of inputs that keep their tensor from call to call."""
@@ -21,9 +25,9 @@ BOUND = frozenset({RoleKind.PARAM, RoleKind.BUFFER, RoleKind.STATE, RoleKind.CON
 class Loaded:
     """See the module.
 
-    parameters: name -> the user's tensor that the ranks read in place; has_tangent: per OUTPUT port of the first segment, whether
-    its tangent is an input of the second; differentiable: (kind, name) of what gets a gradient, in the order in which
-    ``gradients`` returns them.
+    fusion: what became of the regions between collectives, where the engine compiles them; parameters: name -> the user's tensor
+    that the ranks read in place; has_tangent: per OUTPUT port of the first segment, whether its tangent is an input of the
+    second; differentiable: (kind, name) of what gets a gradient, in the order in which ``gradients`` returns them.
     """
 
     def __init__(self, engine: Engine, compiled: Compiled, tensors: Mapping[tuple[str, str], Tensor]) -> None:
@@ -36,6 +40,9 @@ class Loaded:
                 key = (str(role.kind), role.name)
                 self.bindings[key] = compiled.program.constants[role.name] if role.kind is RoleKind.CONSTANT else tensors[key]
         self.handle = engine.load(compiled.instructions, self.bindings)
+        self.fusion: Report | None = getattr(self.handle, "fusion", None)
+        if self.fusion is not None and self.fusion.failures:
+            log.warning("hocket: %s", self.fusion)
         self.parameters = {name: tensor for (kind, name), tensor in self.bindings.items() if kind == RoleKind.PARAM}
 
         segments = compiled.instructions.segments

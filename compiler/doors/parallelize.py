@@ -34,6 +34,7 @@ def parallelize(
     constraints: Mapping[str, Any] | None = None,
     verify: str | None = None,
     memory_limit: int | None = None,
+    inductor: bool = False,
 ) -> ParallelModule:
     """The same module, running on the ranks of a mesh.
 
@@ -47,6 +48,8 @@ def parallelize(
     constraints: parameter or input name (globs) -> placements, such as ``{"layers.*.up.weight": "tp:S(0)"}``.
     verify: how much to prove after every pass, "off", "types", "float", "ring" or "full"; None asks the environment variable
     HOCKET_VERIFY. memory_limit: most bytes a rank may hold.
+    inductor: whether the ranks compile what lies between two collectives with torch's Inductor. Needs a C++ compiler; results
+    agree up to rounding. Compiling takes seconds to minutes the first time; ``explain()`` says what was compiled.
 
     Returns a module of the same class: same signature, outputs, parameter names, ``state_dict`` and train/eval modes. Ordinary
     training code works on it. It adds ``plan``, ``explain()``, ``verify()`` and ``close()``, and is a context manager.
@@ -62,6 +65,7 @@ def parallelize(
         constraints=constraints,
         verify=verify,
         memory_limit=memory_limit,
+        inductor=inductor,
     )
     if example_args or example_kwargs:
         try:
@@ -81,6 +85,7 @@ def open_session(
     constraints: Mapping[str, Any] | None = None,
     verify: str | None = None,
     memory_limit: int | None = None,
+    inductor: bool = False,
 ) -> Session:
     """Check the arguments of ``parallelize`` and open a session on a fresh engine; nothing is compiled yet."""
     _check_model(model)
@@ -95,7 +100,7 @@ def open_session(
         gradients="like-params" if attached else "any",
         level=verify,
     )
-    open_engine = engine_opener(engine, shape)
+    open_engine = engine_opener(engine, shape, inductor=inductor)
     if not attached:
         return Session(WholeState(model), open_engine, options)
     rank: Any = open_engine()

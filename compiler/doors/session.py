@@ -128,7 +128,8 @@ class Session:
         """See ``ParallelModule.explain``."""
         from ..report.text import explain
 
-        return explain(self.compiled, topic)
+        text = explain(self.compiled, topic)
+        return f"{text}{self.latest.fusion}\n" if self.latest.fusion is not None and not topic else text
 
     def verify(self, level: str) -> Verdict:
         """See ``ParallelModule.verify``."""

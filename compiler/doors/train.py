@@ -98,7 +98,8 @@ class TrainStep:
         """What was captured, planned, rewritten and proven, as text; ``topic`` narrows it to names that contain it."""
         from ..report.text import explain
 
-        return explain(self.compiled, topic)
+        text, fusion = explain(self.compiled, topic), self.latest.fusion if self.latest else None
+        return f"{text}{fusion}\n" if fusion is not None and not topic else text
 
     def close(self) -> None:
         """End the ranks. Closing twice is harmless."""

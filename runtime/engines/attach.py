@@ -31,6 +31,7 @@ from ..pieces import local_shape, piece_of
 from ..place import Place, find_place
 from ..ports import PortMap, torch_dtype
 from ..program import PortSpec, RankProgram
+from ..regions import Report
 from ..rendezvous import backend_for
 from ..validate import check_rank_program
 from .base import Bindings
@@ -44,6 +45,7 @@ class AttachHandle:
     executor: FlatExecutor
     ports: PortMap
     bound: dict[int, torch.Tensor]
+    fusion: Report | None = None
 
 
 @dataclass(eq=False)
@@ -58,12 +60,14 @@ class AttachEngine:
     """See the module and ``Engine``. All ranks must construct it, load, run and close alike, in the same order.
 
     device: ``cpu`` or ``cuda`` (the device of this rank's number on its machine); default: cuda where there is one. timeout:
-    seconds that a collective may take. Joins the process group the user has initialised, else initialises one. InputError when the
+    seconds that a collective may take. inductor: whether to compile the regions between collectives
+    (``runtime.fusion``). Joins the process group the user has initialised, else initialises one. InputError when the
     world is not as large as the mesh.
     """
 
-    def __init__(self, mesh: Mesh, *, device: str | None = None, timeout: float = 1800.0) -> None:
+    def __init__(self, mesh: Mesh, *, device: str | None = None, timeout: float = 1800.0, inductor: bool = False) -> None:
         self.mesh = mesh
+        self.inductor = inductor
         self._closed = self._owns_group = False
         place = find_place(os.environ)
         _check_world(mesh, dist.get_world_size() if dist.is_initialized() else place.world, place.launcher)
@@ -115,8 +119,14 @@ class AttachEngine:
             port = program.inputs[index]
             bound[index] = self._local(port, bindings[(port.kind, port.name)], "binding").detach()
         self._agree(program.sha256, f"program {program.sha256[:12]}")
-        device = self.device if self.device.type == "cuda" else None
-        return AttachHandle(program, FlatExecutor(load(program, self.rank, device=device), self._communicator), ports, bound)
+        ready = load(program, self.rank, device=self.device if self.device.type == "cuda" else None)
+        if not self.inductor:
+            return AttachHandle(program, FlatExecutor(ready, self._communicator), ports, bound)
+        from ..fusion import Fusion, input_forms  # takes seconds, and only who asks for it pays
+
+        fusion = Fusion(ready, input_forms(program, self.rank, bound, self.device), lambda _: None)
+        executor = FlatExecutor(ready, self._communicator, schedule=fusion.steps)
+        return AttachHandle(program, executor, ports, bound, fusion.report)
 
     def forward(self, handle: AttachHandle, inputs: Sequence[torch.Tensor]) -> tuple[AttachTicket, list[torch.Tensor | None]]:
         """See ``Engine.forward``; inputs are global, results are this rank's pieces."""

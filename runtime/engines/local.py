@@ -35,6 +35,7 @@ from ..memory import SharedArena, default_arena
 from ..mesh import Mesh
 from ..ports import PortMap, check_value
 from ..program import RankProgram
+from ..regions import summary
 from ..trace import chrome_trace, read_stamps
 from ..validate import check_rank_program
 from .base import Bindings
@@ -47,7 +48,8 @@ __all__ = ["Limits", "LocalEngine", "Step"]
 class LocalEngine:
     """See the module and ``Engine``.
 
-    threads: per rank, default cores // ranks (at least one); device: ``cpu``, or ``cuda`` for one CUDA device a rank; limits:
+    threads: per rank, default cores // ranks (at least one); inductor: whether ranks compile the regions between collectives, see
+    ``runtime.fusion``; device: ``cpu``, or ``cuda`` for one CUDA device a rank; limits:
     timeouts; rank_hook: path of a Python file whose ``install(worker)`` runs on every rank, to inject faults in tests. Starting the
     first engine of a process takes a second or more unless ``hocket.runtime.launcher.warm_up`` was called early. Thread-safe.
     """
@@ -58,6 +60,7 @@ class LocalEngine:
         *,
         threads: int | None = None,
         device: str = "cpu",
+        inductor: bool = False,
         limits: Limits | None = None,
         rank_hook: str | Path | None = None,
     ) -> None:
@@ -68,6 +71,7 @@ class LocalEngine:
             "hook": os.fspath(rank_hook) if rank_hook is not None else "",
         }
         self.mesh = mesh
+        self.inductor = inductor
         self.limits = limits or Limits()
         self.arena: SharedArena = default_arena()
         self._lock = threading.RLock()
@@ -104,7 +108,9 @@ class LocalEngine:
             assert where is not None
             payload = struct.pack("<qqq", where.segment, where.offset, request.numel())
             sequence = self._crew.post(packets.Packet(packets.Op.LOAD, handle.number, 0, 0, payload))
-            self._crew.wait(sequence, self.limits.first)
+            answers = self._crew.wait(sequence, self.limits.first)
+        if self.inductor:
+            handle.fusion = summary([answers[rank].payload for rank in range(self.mesh.size)])
         return handle
 
     def unload(self, handle: LocalHandle) -> None:
@@ -128,7 +134,7 @@ class LocalEngine:
             port, where = handle.program.inputs[index], self.arena.locate(binding.shared)
             assert where is not None
             bound.append([port.kind, port.name, where.segment, where.offset, list(binding.shared.stride())])
-        head = json.dumps({"bound": bound}).encode()
+        head = json.dumps({"bound": bound, "inductor": self.inductor}).encode()
         body = struct.pack("<q", len(head)) + head + handle.program.to_json().encode()
         block = self.arena.empty((len(body),), torch.uint8)
         block.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))

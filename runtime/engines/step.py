@@ -13,6 +13,7 @@ import torch
 from ..memory import BlockPlan
 from ..ports import PortMap, torch_dtype
 from ..program import PortSpec, RankProgram
+from ..regions import Report
 from .binding import Binding
 
 Blocks = tuple[list[torch.Tensor], list[int]]
@@ -62,7 +63,7 @@ class SegmentPlan:
 
 @dataclass(eq=False)
 class LocalHandle:
-    """A program on the ranks of one engine. home: where the user's tensors are."""
+    """A program on the ranks of one engine. home: where the user's tensors are; fusion: what Inductor made of it, if asked."""
 
     number: int
     program: RankProgram
@@ -71,6 +72,7 @@ class LocalHandle:
     segments: list[SegmentPlan]
     home: torch.device
     runs: int = 0
+    fusion: Report | None = None
 
 
 @dataclass(eq=False)

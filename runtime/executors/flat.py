@@ -17,6 +17,7 @@ import torch
 from ..communicator import Communicator
 from ..errors import InputError, RunError
 from ..load import COMPUTE, WAITING, LoadedProgram, Step
+from ..program import Segment
 from .failure import rank_failed
 
 UNSHAPED = frozenset(("all_to_all", "send", "recv"))
@@ -76,16 +77,24 @@ class Frame:
 class FlatExecutor:
     """Runs a loaded program on its rank.
 
-    stamps: set it to a list to record every instruction of the following runs.
+    schedule: gives the steps of a segment, where several instructions are one call (``inductor.Fusion.steps``); by default every
+    instruction is a step. stamps: set it to a list to record every step of the following runs.
     """
 
-    def __init__(self, loaded: LoadedProgram, communicator: Communicator, monitor: Monitor | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedProgram,
+        communicator: Communicator,
+        monitor: Monitor | None = None,
+        schedule: Callable[[Segment], Iterable[Step]] | None = None,
+    ) -> None:
         self.loaded = loaded
         self.program = loaded.program
         self.communicator = communicator
         self.monitor = monitor
         self.stamps: list[Stamp] | None = None
-        self._code = tuple(self._bind(step) for step in loaded.steps)
+        schedule = schedule or (lambda segment: loaded.steps[segment.start : segment.stop])
+        self._code = {s.name: tuple(map(self._bind, schedule(s))) for s in self.program.segments}
 
     def open(self, inputs: Sequence[torch.Tensor | None]) -> Frame:
         """A frame with the inputs of the first segment, one entry per input port (None for ports of later segments).
@@ -118,7 +127,7 @@ class FlatExecutor:
         if chosen is not self.program.segments[0]:
             self._place(values, chosen.inputs, extra_inputs)
         frame.done.add(segment)
-        code = self._code[chosen.start : chosen.stop]
+        code = self._code[segment]
         with torch.no_grad(), torch._C._DisableAutocast():
             if self.monitor is None and self.stamps is None:
                 self._run_plain(values, code)
