@@ -39,6 +39,8 @@ _BOOT = (
     "from hocket.runtime.zygote import serve; serve(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Ask for large pages behind large allocations, where the system gives them to those who ask. The user's own tunables win."""
 
 
 @dataclass(eq=False)
@@ -131,7 +133,7 @@ class Launcher:
                     stdout=log_fd,
                     stderr=log_fd,
                     start_new_session=True,
-                    env={**os.environ, **_ONE_THREAD},
+                    env={**_LARGE_PAGES, **os.environ, **_ONE_THREAD},
                 )
             finally:
                 theirs.close()

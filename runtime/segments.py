@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from .errors import RunError
+
+_LARGE_PAGE = 2 << 20
 
 
 class Location(NamedTuple):
@@ -45,7 +48,7 @@ class Segment:
         fd = os.memfd_create("hocket", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, nbytes)
-            mapping = mmap.mmap(fd, nbytes)
+            mapping = _mapped(fd, nbytes)
         except (OSError, ValueError) as error:
             os.close(fd)
             raise RunError(f"no {nbytes:,} bytes of shared memory to be had: {error}") from error
@@ -53,6 +56,15 @@ class Segment:
         segment = cls(ident, fd, nbytes, recycled, mapping, address)
         weakref.finalize(segment, os.close, fd)
         return segment
+
+
+def _mapped(fd: int, nbytes: int) -> mmap.mmap:
+    """Map a file, with large pages where the system has them for shared memory: a fault then brings 2 MiB instead of 4 KiB."""
+    mapping = mmap.mmap(fd, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= _LARGE_PAGE:
+        with contextlib.suppress(OSError):  # a kernel without large pages refuses the advice
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
 
 
 class MappedSegments:
@@ -65,7 +77,7 @@ class MappedSegments:
     def add(self, ident: int, fd: int, nbytes: int) -> None:
         """Map a segment and close its descriptor."""
         try:
-            self._maps[ident] = mmap.mmap(fd, nbytes)
+            self._maps[ident] = _mapped(fd, nbytes)
         finally:
             os.close(fd)
 

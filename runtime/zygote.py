@@ -30,6 +30,9 @@ from . import wire
 STATUS = struct.Struct("<i")
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_LARGEST_KEPT = 32 << 20
+"""Bytes: the largest block that the C library agrees to take from its heap rather than from fresh pages."""
 
 
 def serve(sock_fd: int, controller_pidfd: int) -> NoReturn:
@@ -40,6 +43,7 @@ def serve(sock_fd: int, controller_pidfd: int) -> NoReturn:
     sock = socket.socket(fileno=sock_fd)
     worker = import_module("hocket.runtime.worker")  # with torch and the executors: the reason for this process to exist
 
+    _keep_freed_memory(libc)
     gc.collect()
     gc.freeze()  # the collector leaves inherited objects alone, so their pages stay shared
     server = _Server(sock, controller_pidfd, libc, worker)
@@ -47,6 +51,18 @@ def serve(sock_fd: int, controller_pidfd: int) -> NoReturn:
         server.loop()
     finally:
         os._exit(0)
+
+
+def _keep_freed_memory(libc: Any) -> None:
+    """Let ranks use freed memory again instead of giving it back to the system and taking it anew, a fault a page, at every step.
+
+    A step allocates and frees what it allocated and freed the step before; on a virtual machine the faults alone can cost more than
+    the arithmetic on these pages. C libraries without ``mallopt`` keep their own policy.
+    """
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_TOP_PAD, _LARGEST_KEPT)
 
 
 class _Server:
