@@ -37,7 +37,9 @@ class Restriction:
             raise PlanError(
                 f"{where}: {self.origin} asks for {_listed(self.allowed)}, but {other.origin} asks for {_listed(other.allowed)}"
             )
-        return Restriction(common, self.origin if len(common) == len(self.allowed) else f"{self.origin} and {other.origin}")
+        if len(common) == len(self.allowed):
+            return self
+        return other if len(common) == len(other.allowed) else Restriction(common, f"{self.origin} and {other.origin}")
 
 
 def tactics_by_axis(tactics: Sequence[Tactic] | str, mesh: Mesh, promises: Promises) -> tuple[Tactic, ...]:

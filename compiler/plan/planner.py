@@ -326,7 +326,7 @@ class _Search:
             cost.seconds if found.lower_bound >= found.objective * UNIT and not charged else min(found.lower_bound, cost.seconds)
         )
         decisions = (
-            *reasons.parameter_decisions(found.pricing, found.problems, found.solutions, self.restrictions),
+            *reasons.parameter_decisions(found.pricing, found.problems, found.solutions, self.restrictions, found.choices),
             *reasons.uncut_decisions(found.pricing, self.rules, self.candidates, found.choices),
             *reasons.redistribution_decisions(found.pricing, nodes, results),
         )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ..cost.estimate import redistributions
-from ..layout import Layout, Shard, format_layout, format_placement
-from ..program import Decision, RoleKind
+from ..layout import Layout, Shard, format_layout, format_placement, local_shape
+from ..program import Decision, RoleKind, note
 from ..redistribute import StepKind
 from ..rules.rule import Rule
-from .constraints import Restriction
+from .constraints import Restriction, port_type, possible_placements
 from .elimination import INFINITE
 from .plan import NodePlan
-from .problem import AVOIDED, UNIT, AxisProblem, Choice, Pricing, Rules
-from .view import Site
+from .problem import AVOIDED, UNIT, AxisProblem, Choice, Pricing, Rules, fits, input_layout, output_layout
+from .view import Site, TensorType, View
 
 BY = "plan"
 
@@ -25,8 +26,11 @@ def parameter_decisions(
     problems: Sequence[AxisProblem],
     solutions: Sequence[Sequence[int]],
     restrictions: Sequence[Mapping[int, Restriction]],
+    choices: Sequence[Choice],
 ) -> Iterator[Decision]:
-    """One per parameter: its placements, who fixed them, or by how much they beat the next best with everything else as planned."""
+    """One per parameter: its placements, and per axis by how much they beat the next best, or who ruled the others out and what the
+    cheapest of those would cost; everything else as planned. The source is where the parameter is first used.
+    """
     wanted = {i for i, site in enumerate(pricing.view.sites) if site.is_input and site.role and site.role.kind is RoleKind.PARAM}
     touching = [_touching(problem, wanted) for problem in problems]
     for index in sorted(wanted):
@@ -35,24 +39,93 @@ def parameter_decisions(
             continue
         reasons: list[str] = []
         gains: list[float] = []
-        cut = False
         for axis, (name, parts) in enumerate(pricing.mesh.axes):
             problem, solution = problems[axis], solutions[axis]
             rules, label = problem.labels[index].rules, solution[index]
-            placement = rules[label].outputs[0]
-            cut |= isinstance(placement, Shard)
-            reason = f"{format_placement(placement)} on {name}"
-            if parts > 1 and len(rules) == 1:
-                reason += f", fixed by {restrictions[axis][index].origin}"
-            elif parts > 1:
-                other, gain = _next_best(problem, solution, index, touching[axis][index])
-                if other is not None:
-                    gains.append(gain)
-                    versus = format_placement(rules[other].outputs[0])
-                    reason += f", {gain:.3g} s a step better than {versus} with everything else as planned"
+            reason = f"{format_placement(rules[label].outputs[0])} on {name}"
+            other, gain = _next_best(problem, solution, index, touching[axis][index])
+            if parts > 1 and other is not None:
+                gains.append(gain)
+                versus = format_placement(rules[other].outputs[0])
+                reason += f", {gain:.3g} s a step better than {versus} with everything else as planned"
+            if parts > 1:
+                reason += _ruled_out(pricing, choices, index, axis, restrictions[axis][index])
             reasons.append(reason)
         assert site.role is not None
-        yield Decision(BY, site.name, cut, f"{site.role.name}: {'; '.join(reasons)}", min(gains) if gains else None)
+        cut = any(isinstance(rule.outputs[0], Shard) for rule in choices[index])
+        reason = f"{site.role.name}: {'; '.join(reasons)}"
+        yield Decision(BY, site.name, cut, reason, min(gains) if gains else None, _first_use(pricing.view, index))
+
+
+def _ruled_out(pricing: Pricing, choices: Sequence[Choice], index: int, axis: int, restriction: Restriction) -> str:
+    """Who narrowed what a parameter may be on an axis, and the cheapest placement that this rules out."""
+    view, parts = pricing.view, pricing.mesh.shape[axis]
+    site = view.sites[index]
+    assert site.role is not None
+    tensor = port_type(view, site)
+    assert tensor is not None
+    others = [p for p in possible_placements(site.role.kind, tensor.shape, parts) if p not in restriction.allowed]
+    verb = "fixed by" if len(restriction.allowed) == 1 else "within what is allowed by"
+    planned = output_layout(choices[index], 0)
+    assert planned is not None
+    own = _port_seconds(pricing, choices, index, planned)
+    priced = []
+    for placement in others:
+        layout = (*planned[:axis], placement, *planned[axis + 1 :])
+        seconds = _port_seconds(pricing, choices, index, layout) if fits(tensor.shape, layout, pricing.mesh) else None
+        if seconds is not None and own is not None:
+            priced.append((seconds - own, _held(pricing, tensor, layout) - _held(pricing, tensor, planned), placement))
+    if not priced:
+        return f", {verb} {restriction.origin}" if len(restriction.allowed) == 1 or others else ""
+    seconds, held, placement = min(priced, key=lambda found: found[:2])
+    return (
+        f", {verb} {restriction.origin}; without that the cheapest, {format_placement(placement)}, would take "
+        f"{_more_or_less(f'{abs(seconds):.3g}', 's a step', seconds)} and {_more_or_less(f'{abs(held):,}', 'bytes a rank', held)} "
+        "with everything else as planned"
+    )
+
+
+def _more_or_less(amount: str, unit: str, difference: float) -> str:
+    return f"{amount} {unit} {'more' if difference > 0 else 'less'}" if difference else f"as many {unit}"
+
+
+def _held(pricing: Pricing, tensor: TensorType, layout: Layout) -> int:
+    return math.prod(local_shape(tensor.shape, layout, pricing.mesh)) * tensor.itemsize
+
+
+def _port_seconds(pricing: Pricing, choices: Sequence[Choice], index: int, layout: Layout) -> float | None:
+    """What an input in some layout costs in redistributions of it, and of what must lie as it does; None where it cannot be."""
+    view, site = pricing.view, pricing.view.sites[index]
+    assert site.makes[0] is not None
+    moves: list[tuple[Layout, Layout, int]] = []
+    for user, slot in view.values[site.makes[0]].uses:
+        moves.append((layout, layout if user == index else input_layout(choices[user], slot), site.makes[0]))
+    for value in site.uses:
+        maker, output = view.values[value].maker
+        made = layout if maker == index else output_layout(choices[maker], output)
+        wanted = {input_layout(choices[user], slot) for user, slot in view.values[value].uses if user != index}
+        if made is not None and layout not in wanted:
+            moves.append((made, layout, value))
+    total = 0.0
+    for source, target, value in dict.fromkeys(moves):
+        tensor = view.values[value].type
+        if source != target:
+            transfer = pricing.transfers.price(source, target, tensor.shape, tensor.itemsize)
+            if transfer is None:
+                return None
+            total += transfer.seconds
+    return total
+
+
+def _first_use(view: View, index: int) -> str:
+    """Line and module of the first op that reads an input: ``"model.py:41 self.o(h), in layers.0.attention.o"``."""
+    value = view.sites[index].makes[0]
+    users = sorted(user for user, _ in view.values[value].uses) if value is not None else []
+    notes = [note(node) for user in users if (node := view.sites[user].node) is not None and view.sites[user].is_op]
+    first = next((found for found in notes if found.source), None)
+    if first is None:
+        return ""
+    return f"{first.source}, in {first.module}" if first.module else first.source
 
 
 def _touching(problem: AxisProblem, wanted: set[int]) -> dict[int, list[int]]:
