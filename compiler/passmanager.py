@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from .errors import HocketError, VerificationError
 from .layout import format_layout
 from .program import Program, check_program, note
 from .verify.levels import Level, Question, ask, policy
+from .verify.reductions import Reductions, Retrace
 from .verify.report import Status, Verdict
-from .verify.shrink import skeleton_difference
 
 
 @dataclass(frozen=True)
@@ -54,36 +54,32 @@ def run_passes(
     context: Context,
     *,
     level: str | tuple[Level, ...] | None = None,
-    retrace: Callable[[], Program | None] | None = None,
+    retrace: Retrace | Sequence[Retrace] | None = None,
     reproduce_in: Path | None = None,
 ) -> tuple[Program, tuple[PassRecord, ...]]:
     """Apply passes one after the other and verify each.
 
     level: ``off | types | float | ring | full``, or the levels themselves; default the environment variable HOCKET_VERIFY, then
-    ``ring``. retrace: captures the same program at small sizes, on which the levels that execute then run; it must have the same
-    skeleton (same nodes and targets). reproduce_in: directory for a reproducer of a failure. Raises VerificationError naming the
+    ``ring``. retrace: captures the same program at small sizes, for the levels that execute, when one needs it; it must have the
+    same skeleton (same nodes and targets). Of several, the first is executed; with the others it must show that every integer
+    is one expression of the named sizes. reproduce_in: directory for a reproducer of a failure. Raises VerificationError naming the
     pass, the node and both source lines; HocketError for a pass that breaks an invariant.
     """
     name, levels = policy(level) if level is None or isinstance(level, str) else ("chosen levels", level)
-    small = retrace() if retrace is not None and levels and passes else None
-    if small is not None:
-        _require_same_skeleton(program, small, "the program that retrace captured")
+    retraces = () if retrace is None else (retrace,) if callable(retrace) else tuple(retrace)
+    reductions = Reductions(program, retraces, lambda one, before: _applied(one, before, context))
     records = []
     for one in passes:
         start = time.process_time()
         after = _applied(one, program, context)
         seconds = time.process_time() - start
-        small_after = _applied(one, small, context) if small is not None else None
-        pair = None
-        if small is not None and small_after is not None:
-            _require_same_skeleton(after, small_after, f"the result of {one.name} at small sizes")
-            pair = (small, small_after)
-        verdict = ask(Question(program, after, one.contract, pair), levels)
+        question = Question(program, after, one.contract, reductions.through(one, after))
+        verdict = ask(question, levels)
         record = _record(one, program, after, verdict, seconds)
         if levels and not _is_accepted(verdict, name):
             raise VerificationError(_refusal(one, record, name, _reproducer(reproduce_in, one, program, after, verdict)))
         records.append(record)
-        program, small = after, small_after
+        program = after
     return program, tuple(records)
 
 
@@ -117,15 +113,6 @@ def _options(one: Pass) -> dict[str, Any]:
     if not dataclasses.is_dataclass(one):
         return {}
     return {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-
-
-def _require_same_skeleton(program: Program, small: Program, what: str) -> None:
-    difference = skeleton_difference(program, small)
-    if difference:
-        raise VerificationError(
-            f"{what} is not the same program at other sizes: {difference}; what holds for one says nothing about the other. "
-            "Choose small sizes on which the model takes the same way, or leave retrace out"
-        )
 
 
 def _refusal(one: Pass, record: PassRecord, level: str, reproducer: str) -> str:

@@ -57,14 +57,14 @@ def _resized(tensor: Tensor, shape: list[int]) -> Tensor:
     return made.requires_grad_(tensor.requires_grad)
 
 
-def smaller_program(program: Program, retrace: Retrace, mesh: Mesh) -> Program | None:
+def smaller_program(program: Program, retrace: Retrace, mesh: Mesh, *, skip: int = 0) -> Program | None:
     """The same program at sizes as small as it stays the same at, for a proof to run on; None where no size can shrink.
 
     A size shrinks to a multiple of the number of ranks (at least two rows a rank, so that an offset by one shows), different from
     the other sizes. Where shrinking all sizes changes the program (a loop over the sequence, a branch on the batch), each is tried
-    alone.
+    alone. skip: leave out so many of the smallest sizes, for a program that differs from the first one in every size.
     """
-    wanted = _small_sizes(program.sizes, mesh.size)
+    wanted = _small_sizes(program.sizes, mesh.size, skip)
     attempts = [wanted, *({name: size} for name, size in wanted.items())] if len(wanted) > 1 else [wanted]
     for attempt in attempts:
         if not attempt:
@@ -91,12 +91,13 @@ def quiet_fakes() -> Iterator[None]:
         torch_log.disabled = before
 
 
-def _small_sizes(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+def _small_sizes(sizes: Mapping[str, int], ranks: int, skip: int = 0) -> dict[str, int]:
     chosen: dict[str, int] = {}
     taken = {size for size in sizes.values() if size <= 2 * ranks or size % ranks}
     for name, size in sizes.items():
         if size % ranks == 0:
-            small = next(rows * ranks for rows in itertools.count(2) if rows * ranks not in taken)
+            candidates = (rows * ranks for rows in itertools.count(2) if rows * ranks not in taken)
+            small = next(itertools.islice(candidates, skip * len(sizes), None))
             if small < size:
                 chosen[name] = small
                 taken.add(small)

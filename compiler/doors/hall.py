@@ -56,12 +56,16 @@ class Options:
         return tuple(one for tactic in rewrites_of(self.tactics) for one in tactic.rewrites_after())
 
 
+Smaller = Sequence[Callable[[], Program | None]]
+"""Each captures a program at small sizes, others for every one; None where there are none."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One specialisation: everything known about it.
 
     captured, program: before and after the rewrites that precede planning; seconds: wall time of each stage of compilation;
-    smaller_captured, smaller: give the same two programs at small sizes, None where there are none.
+    smaller_captured, smaller: capture the same two programs at small sizes, None where there are none.
     """
 
     captured: Program
@@ -71,8 +75,8 @@ class Compiled:
     records: tuple[PassRecord, ...]
     instructions: RankProgram
     seconds: Mapping[str, float]
-    smaller_captured: Callable[[], Program | None] | None = None
-    smaller: Callable[[], Program | None] | None = None
+    smaller_captured: Smaller = ()
+    smaller: Smaller = ()
 
     def timed(self, **seconds: float) -> Compiled:
         """A copy that also knows how long earlier stages took."""
@@ -88,7 +92,7 @@ def compile_program(
     constraints. Raises PlanError or VerificationError.
     """
     marks = [time.perf_counter()]
-    smaller = None if retrace is None else functools.cache(functools.partial(smaller_program, program, retrace, options.mesh))
+    smaller = () if retrace is None else _smaller(program, retrace, options.mesh)
     context = Context(options.mesh, options.rules, options.cluster)
     rewritten, early = run_passes(program, options.before, context, level=options.level, retrace=smaller)
     marks.append(time.perf_counter())
@@ -104,7 +108,7 @@ def compile_program(
         memory_limit=options.memory_limit,
     )
     marks.append(time.perf_counter())
-    small = smaller if not options.before else functools.partial(_rewritten, smaller, options.before, context)
+    small = smaller if not options.before else [functools.partial(_rewritten, one, options.before, context) for one in smaller]
     placed = dataclasses.replace(context, plan=chosen)
     lowered, records = run_passes(rewritten, (Shard(), *options.after), placed, level=options.level, retrace=small)
     marks.append(time.perf_counter())
@@ -125,9 +129,14 @@ def prove_again(compiled: Compiled, options: Options, level: str) -> Verdict:
     return next((verdict for verdict in verdicts if verdict.status is not Status.EQUAL), verdicts[-1])
 
 
-def _rewritten(smaller: Callable[[], Program | None] | None, passes: tuple[Pass, ...], context: Context) -> Program | None:
+def _smaller(program: Program, retrace: Retrace, mesh: Mesh) -> Smaller:
+    """Two, since a line through the sizes in question and one other pair of sizes would say nothing."""
+    return [functools.cache(functools.partial(smaller_program, program, retrace, mesh, skip=skip)) for skip in (0, 1)]
+
+
+def _rewritten(smaller: Callable[[], Program | None], passes: tuple[Pass, ...], context: Context) -> Program | None:
     """The small program after passes that are proven already."""
-    small = smaller() if smaller is not None else None
+    small = smaller()
     if small is None:
         return None
     return run_passes(small, passes, context, level="off")[0]

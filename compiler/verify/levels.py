@@ -23,10 +23,12 @@ from ..contract import Approx, Contract, Equal, Spec
 from ..errors import HocketError, InputError, UnsupportedError
 from ..program import Program
 from .differential import float_level
+from .lowered import with_whole_inputs
 from .report import LevelResult, Outcome, Status, Verdict, combine
 from .ring.compare import compare
+from .ring.lemmas import Congruence, congruence
 from .ring.localise import localise
-from .ring.verdict import RingVerdict
+from .ring.verdict import Bound, RingVerdict
 from .ring.verdict import Status as RingStatus
 from .types import TypeReport, check_types, erase
 
@@ -39,22 +41,41 @@ RING_COST = 50
 """A multiply-add over the ring costs about this many in floating point."""
 
 
+Pair = tuple[Program, Program]
+"""What a program was, and what it became."""
+
+
 @dataclass(frozen=True)
 class Question:
     """Is ``transformed`` what ``contract`` promises of ``original``?
 
-    small: both programs at smaller sizes, with the same skeleton, for the levels that execute; None to execute the full ones.
+    small: both programs at smaller sizes, with the same skeleton, for the levels that execute, or a function that makes them when
+    they are needed; None to execute the full ones.
     """
 
     original: Program
     transformed: Program
     contract: Contract = field(default_factory=Equal)
-    small: tuple[Program, Program] | None = None
+    small: Pair | Callable[[], Pair | None] | None = None
 
     @property
-    def executed(self) -> tuple[Program, Program]:
-        """The pair for levels that run programs; under Spec the original is the reference's result."""
-        original, transformed = self.small or (self.original, self.transformed)
+    def whole(self) -> Pair:
+        """Both programs at the sizes in question; under Spec the original is the reference's result."""
+        return self._as_promised(self.original, self.transformed)
+
+    @property
+    def reduced(self) -> Pair:
+        """The same at small sizes where there are some."""
+        small = self.small() if callable(self.small) else self.small
+        return self.whole if small is None else self._as_promised(*small)
+
+    @property
+    def executed(self) -> Pair:
+        """The pair for levels that run programs, small where it can be, with whole values on the inputs."""
+        original, transformed = self.reduced
+        return with_whole_inputs(original), transformed
+
+    def _as_promised(self, original: Program, transformed: Program) -> Pair:
         return (self.contract.reference(original) if isinstance(self.contract, Spec) else original), transformed
 
 
@@ -91,6 +112,11 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
     if isinstance(question.contract, Approx):
         return LevelResult("ring", Outcome.SKIPPED, "an approximate pass is judged in floating point only")
     start = time.process_time()
+    found = by_congruence(*question.whole)
+    if (found is None or not found.equal) and question.small is not None:
+        found = by_congruence(*question.reduced)
+    if found is not None and found.equal:
+        return _from_lemmas(found, question, time.process_time() - start)
     original, transformed = question.executed
     if not is_affordable(original, transformed, RING_COST):
         return LevelResult("ring", Outcome.SKIPPED, _too_expensive(), 0.0)
@@ -100,6 +126,30 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
         # name the node in the program that the user knows; and do not let a fault of the erasure stand as one of the pass
         verdict, how = compare(original, transformed), f"all {transformed.mesh.size} ranks"
     return _from_ring(question, verdict, how, time.process_time() - start)
+
+
+def by_congruence(original: Program, transformed: Program) -> Congruence | None:
+    """What shared values and lemmas show of two programs; None where they cannot be put side by side on one rank."""
+    try:
+        before, after = (one if one.mesh is None else erase(one) for one in (original, transformed))
+        return congruence(before, after)
+    except HocketError:
+        return None
+
+
+def _from_lemmas(found: Congruence, question: Question, seconds: float) -> LevelResult:
+    where = "one rank" if question.transformed.mesh is None else "one rank, the distribution being typed"
+    detail = f"equal on {where}: {found}"
+    return LevelResult("ring", Outcome.PROVED, detail, seconds, bound=_bound_text(found.bound))
+
+
+def _bound_text(bound: Bound | None) -> str:
+    if bound is None:
+        return ""
+    if bound.probability == 0:
+        return f"certain: {bound.explanation}"
+    kind = "rigorous" if bound.rigorous else "heuristic"
+    return f"missed with probability <= {bound.probability:.2g} an entry ({kind}: {bound.explanation})"
 
 
 def _one_rank(transformed: Program) -> tuple[Program, str]:
@@ -113,10 +163,8 @@ def _one_rank(transformed: Program) -> tuple[Program, str]:
 
 def _from_ring(question: Question, verdict: RingVerdict, how: str, seconds: float) -> LevelResult:
     if verdict.status is RingStatus.EQUAL:
-        bound = verdict.bound
-        kind = "" if bound is None else "rigorous" if bound.rigorous else "heuristic"
-        text = "" if bound is None else f"missed with probability <= {bound.probability:.2g} an entry ({kind}: {bound.explanation})"
-        return LevelResult("ring", Outcome.PROVED, f"equal over the ring, {verdict.draws} draws, on {how}", seconds, bound=text)
+        detail = f"equal over the ring, {verdict.draws} draws, on {how}"
+        return LevelResult("ring", Outcome.PROVED, detail, seconds, bound=_bound_text(verdict.bound))
     if verdict.status is RingStatus.DIFFERENT:
         try:
             found = localise(*question.executed)

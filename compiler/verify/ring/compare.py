@@ -23,8 +23,9 @@ from .arithmetic import ring_of
 from .bound import Evidence, bound_of
 from .canonical import canonical_form
 from .equality import differing
-from .inputs import draw_inputs
+from .inputs import changed_constants, draw_inputs
 from .interpret import Extension, Watch, interpret_ranks
+from .joint import Joint
 from .pieces import ReplicasDiffer, assemble_value, cut_value
 from .roots import rings_for
 from .value import Value
@@ -82,6 +83,7 @@ class _Session:
     used: set[str] = field(default_factory=set)
     canonical: bool = False
     draws: int = 0
+    joint: Joint | None = None
 
     def decide(self, rings: tuple[int, ...], seeds: int | None) -> RingVerdict:
         evidence: list[Draw] = []
@@ -117,25 +119,38 @@ class _Session:
         left, right = canonical_form(self.original), canonical_form(self.transformed)
         if left is self.original and right is self.transformed:
             return False
-        self.original, self.transformed, self.canonical = left, right, True
+        self.original, self.transformed, self.canonical, self.joint = left, right, True, None
         return True
 
     def _one(self, draw: Draw) -> tuple[tuple[Difference, ...], str]:
         """(differences, why the draw is poisoned)."""
         self.draws += 1
-        first, second = draw.algebra(), draw.algebra()
-        inputs = draw_inputs(self.original, self.transformed, first, draw.seed)
-        if first.poison:
+        algebra = draw.algebra()
+        inputs = draw_inputs(self.original, self.transformed, algebra, draw.seed)
+        if algebra.poison:
             return (), "an input constant is infinite or not a number"
-        expected = evaluate(self.original, inputs, first, extensions=self.extensions)
-        found = evaluate(self.transformed, inputs, second, extensions=self.extensions)
-        self.used |= first.used | second.used
-        differences = tuple(d for d in (_difference(second, role, expected[role], found[role]) for role in expected) if d)
-        if first.poison:
+        expected, found, poison = self._values(inputs, algebra, draw)
+        self.used |= algebra.used
+        differences = tuple(d for d in (_difference(algebra, role, expected[role], found[role]) for role in expected) if d)
+        if poison:
             return (), "the original program divides by zero on every draw"
-        if second.poison:
+        if algebra.poison:
             return (), "the transformed program divides by zero on every draw, the original does not"
         return differences, ""
+
+    def _values(
+        self, inputs: Mapping[Role, Value], algebra: Algebra, draw: Draw
+    ) -> tuple[dict[Role, Value], dict[Role, Value], int]:
+        """Outputs of both programs, and how often the original divided by zero."""
+        if self.original.mesh is None and self.transformed.mesh is None and not self.extensions:
+            self.joint = self.joint or Joint(self.original, self.transformed)
+            return self.joint.evaluate(inputs, algebra)
+        first = draw.algebra()
+        expected = evaluate(self.original, inputs, first, extensions=self.extensions)
+        inputs = {**inputs, **changed_constants(self.original, self.transformed, algebra)}
+        found = evaluate(self.transformed, inputs, algebra, extensions=self.extensions)
+        self.used |= first.used
+        return expected, found, first.poison
 
 
 def evaluate(

@@ -62,6 +62,21 @@ def draw_inputs(original: Program, transformed: Program, algebra: Algebra, seed:
     return drawn
 
 
+def changed_constants(original: Program, transformed: Program, algebra: Algebra) -> dict[Role, Value]:
+    """Constants that both programs name alike and that have another value in the transformed one: its own value of them."""
+    found = {}
+    for role in transformed.signature.inputs:
+        if role.kind is RoleKind.CONSTANT and role.name in original.constants:
+            before, after = original.constants[role.name], transformed.constants.get(role.name)
+            if after is not None and after is not before and not _identical(before, after):
+                found[role] = _constant(transformed.constants, role, algebra)
+    return found
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
 def _constant(constants: Mapping[str, torch.Tensor], role: Role, algebra: Algebra) -> Value:
     if role.name not in constants:
         raise InputError(f"the program gives no value for its input {role}")

@@ -9,6 +9,7 @@ rank. So the types prove the distribution, and what is left to prove is one equa
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ...errors import UnsupportedError
-from ...program import NOTE, Program, annotate, note
+from ...program import NOTE, Program, annotate, graph_module, note
+from ..forms import Form, TensorForm, form_of, propagate_forms
 from .arguments import schema_of
 from .check import check_types
 from .factors import permutation
@@ -50,27 +52,24 @@ class _Eraser:
 
     def run(self) -> Program:
         """Node by node; afterwards the values are propagated, which checks every shape once more."""
-        shapes = []
+        forms = []
         for node in self.program.nodes:
             if node.op == "placeholder":
                 self.made[node] = self.graph.placeholder(node.name)
                 annotate_like(self.made[node], node)
-                shapes.append(self._input(node))
+                forms.append(self._input(node))
             elif node.op == "output":
                 new = self.graph.output(tuple(None if r is None else self.made[r] for r in self.program.results))
                 new.meta.update(node.meta)
             else:
                 self.made[node] = self._call(node)
-        module = fx.GraphModule(torch.nn.Module(), self.graph)
-        mode = FakeTensorMode()
-        with mode:
-            values = [s if not isinstance(s, tuple) else torch.empty(s[0], dtype=s[1], device=s[2]) for s in shapes]
-        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*values)
-        return self.program.replace(graph=module, mesh=None)
+        if not propagate_forms(self.graph, forms):
+            _propagate_fakes(self.graph, forms)
+        return self.program.replace(graph=graph_module(self.graph), mesh=None)
 
-    def _input(self, node: fx.Node) -> Any:
+    def _input(self, node: fx.Node) -> Form:
         value, found = node.meta["val"], self.report.types[node]
-        return (found.shape, value.dtype, value.device) if isinstance(found, Type) else value
+        return TensorForm(tuple(found.shape), value.dtype) if isinstance(found, Type) else form_of(value)
 
     def _call(self, node: fx.Node) -> Any:
         if is_integer_function(node.target):
@@ -121,6 +120,14 @@ class _Eraser:
         new = self.graph.create_node("call_function", target, args, kwargs)
         annotate_like(new, node)
         return new
+
+
+def _propagate_fakes(graph: fx.Graph, forms: Sequence[Form]) -> None:
+    """As ``propagate_forms``, op by op, for a program with an op whose form has to be asked for with its strides."""
+    mode = FakeTensorMode()
+    with mode:
+        values = [torch.empty(form.shape, dtype=form.dtype) if isinstance(form, TensorForm) else form for form in forms]
+    FakeTensorProp(fx.GraphModule(torch.nn.Module(), graph), mode).propagate_dont_convert_inputs(*values)
 
 
 def annotate_like(new: fx.Node, old: fx.Node) -> None:
