@@ -45,11 +45,16 @@ class PartKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor that passes between parts. name: unique over all stages; shape: of one rank's piece where the program is lowered."""
+    """A tensor that passes between parts.
+
+    name: unique over all stages; shape: of one rank's piece where the program is lowered; stride: in elements, as the part that
+    makes the value leaves it: a receiver that keeps to it (``torch.empty_strided``) gets the same bits out of every kernel.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    stride: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
