@@ -7,7 +7,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from ..plan.tactics import Tactic
 from ..report.rows import activation_groups, decision_row, parameter_groups
 from ..report.text import captured, decisions_table, every_decision, passes_table, plan_table
 from ..retrace import Retrace
-from ..verify.report import Status
+from ..verify.report import Verdict
 from ..verify.standalone import verify as prove
+from .conclusion import conclude
 from .doctor import examine
 from .target import Target, load_target
 
@@ -70,7 +71,7 @@ def explain(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Prove the sharded program, or that another module is equal; the exit status is 1 where it is not proven."""
+    """Prove the sharded program, or that another module is equal; exit status 1 where the level does not show what it can."""
     if arguments.against:
         return _verify_against(arguments, console)
     compiled = _compile(arguments, level=arguments.level)
@@ -79,8 +80,13 @@ def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(record.verdict)
     facts = _facts(compiled)
     facts["verdicts"] = [{"pass": record.name, **json.loads(record.verdict.to_json())} for record in compiled.records]
-    facts["ok"] = all(record.verdict.status is Status.EQUAL for record in compiled.records)
-    return facts
+    return {**facts, **_concluded(console, arguments.level, {record.name: record.verdict for record in compiled.records})}
+
+
+def _concluded(console: Console, level: str, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    conclusion = conclude(level, verdicts)
+    console.print(str(conclusion))
+    return conclusion.to_json()
 
 
 def _verify_against(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def _verify_against(arguments: argparse.Namespace, console: Console) -> dict[str
         train=not arguments.inference,
     )
     console.print(f"{target.label} against {other.label}", verdict)
-    return {**json.loads(verdict.to_json()), "ok": verdict.status is Status.EQUAL}
+    return {**json.loads(verdict.to_json()), **_concluded(console, arguments.level, {other.label: verdict})}
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
