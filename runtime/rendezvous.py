@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .communicator import Communicator, SingleCommunicator
-from .exchange import Exchange, is_available
+from .exchange import SPIN_ALONE, SPIN_CROWDED, Exchange, is_available
 from .gloo import GlooCommunicator
 from .mesh import Mesh
 from .shm import ShmCommunicator
@@ -47,4 +47,6 @@ def connect_local(mesh: Mesh, rank: int, shared: tuple[int, int], device: torch.
     if not is_available(device):
         os.close(exchange_fd)
         return cast(Communicator, gloo)
-    return ShmCommunicator(gloo, Exchange(exchange_fd, mesh, rank), timeout)
+    crowded = mesh.size * torch.get_num_threads() > len(os.sched_getaffinity(0))
+    exchange = Exchange(exchange_fd, mesh, rank, SPIN_CROWDED if crowded else SPIN_ALONE)
+    return ShmCommunicator(gloo, exchange, timeout)

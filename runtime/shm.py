@@ -12,30 +12,24 @@ was issued needs nothing from its rank but that it waits for something, sooner o
 
 from __future__ import annotations
 
-import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .chunks import Channel, ExchangeError, Transfer
 from .communicator import Pending, wire_bytes
-from .exchange import SLOT_BYTES, SLOTS, Exchange
+from .exchange import Exchange
 from .gloo import GlooCommunicator, PendingWork
+from .mail import Message
+from .transports.shm import ShmTransport
 
 MOST_MEMBERS = 8
 """Every rank reads the chunks of all others, so beyond some group size the ring algorithms of gloo do less work."""
 
-_SPINS = 40
-"""Looks (about two microseconds each) before a rank goes to sleep. Few, since another rank may need this core."""
-
-_NAP = 0.1
-"""Seconds after which a sleeping rank looks up by itself, though nobody rang."""
-
 _SHORT_NAP = 1e-4
-"""The same while it waits for gloo as well, which rings no bell."""
+"""Seconds between two looks of a rank that waits for gloo as well, which rings no bell."""
 
 _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "sum": torch.add,
@@ -46,125 +40,11 @@ _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-class ExchangeError(ConnectionError):
-    """Ranks met in different collectives, or one did not come in time."""
-
-
-@dataclass(eq=False)
-class Transfer:
-    """A collective under way.
-
-    source: (pieces, n), what this rank gives, one row per receiver or a single row for all; target: (n,) to combine into, or
-    (members, n) to lay side by side; combine: None to lay side by side; width: elements of a row in one chunk; first: number of
-    its first chunk; result: what the caller gets, once ``left`` chunks are taken.
-    """
-
-    source: torch.Tensor
-    target: torch.Tensor
-    combine: Callable[..., torch.Tensor] | None
-    result: torch.Tensor
-    tag: int
-    average: int = 0
-    width: int = 0
-    chunks: int = 0
-    first: int = 0
-    left: int = 0
-
-    def __post_init__(self) -> None:
-        rows, length = self.source.shape
-        self.width = max(1, min(length, SLOT_BYTES // self.source.element_size() // rows))
-        self.chunks = self.left = max(1, -(-length // self.width))
-
-    def span(self, chunk: int) -> tuple[int, int]:
-        """Elements of a row that a chunk holds: start and number."""
-        start = (chunk - self.first) * self.width
-        return start, min(self.width, self.source.shape[1] - start)
-
-
-@dataclass(eq=False)
-class _Channel:
-    """A group of ranks along one axis. own: this rank's index in it."""
-
-    exchange: Exchange
-    axis: int
-    members: tuple[int, ...]
-    own: int
-    others: tuple[int, ...] = ()
-    published: int = 0
-    taken: int = 0
-    issued: int = 0
-    outbox: deque[Transfer] = field(default_factory=deque)
-    inbox: deque[Transfer] = field(default_factory=deque)
-
-    def __post_init__(self) -> None:
-        self.others = tuple(member for member in self.members if member != self.exchange.rank)
-
-    def issue(self, transfer: Transfer) -> None:
-        transfer.first = self.issued
-        self.issued += transfer.chunks
-        self.outbox.append(transfer)
-        self.inbox.append(transfer)
-        self.publish()
-
-    def publish(self) -> bool:
-        """Put chunks into slots as long as there is room."""
-        moved = False
-        while self.outbox and self._has_room():
-            transfer, chunk = self.outbox[0], self.published
-            start, length = transfer.span(chunk)
-            rows = transfer.source.shape[0]
-            slot = self.exchange.slot(self.exchange.rank, self.axis, chunk, transfer.source.dtype, (rows, length), (length, 1))
-            slot.copy_(transfer.source.narrow(1, start, length))
-            self.exchange.post(self.axis, chunk, transfer.tag)
-            self.exchange.ring(self.others)
-            self.published += 1
-            if self.published == transfer.first + transfer.chunks:
-                self.outbox.popleft()
-            moved = True
-        return moved
-
-    def _has_room(self) -> bool:
-        oldest = self.published - SLOTS
-        return oldest < 0 or all(self.exchange.consumed(member, self.axis) > oldest for member in self.members)
-
-    def take(self) -> bool:
-        """Take chunks that everybody has posted."""
-        moved = False
-        exchange, axis = self.exchange, self.axis
-        while self.inbox and self.taken < self.published and all(exchange.posted(m, axis) > self.taken for m in self.others):
-            transfer, chunk = self.inbox[0], self.taken
-            self._check(transfer, chunk)
-            start, length = transfer.span(chunk)
-            skip = self.own * length if transfer.source.shape[0] > 1 else 0
-            dtype = transfer.source.dtype
-            given = [exchange.slot(member, axis, chunk, dtype, (length,), (1,), skip) for member in self.members]
-            if transfer.combine is None:
-                for row, piece in zip(transfer.target, given, strict=True):
-                    row.narrow(0, start, length).copy_(piece)
-            else:
-                into = transfer.target.narrow(0, start, length)
-                transfer.combine(given[0], given[1], out=into)
-                for piece in given[2:]:
-                    transfer.combine(into, piece, out=into)
-            exchange.consume(axis, chunk)
-            exchange.ring(self.others)
-            self.taken += 1
-            transfer.left -= 1
-            if not transfer.left:
-                self.inbox.popleft()
-                if transfer.average:
-                    transfer.result.div_(transfer.average)
-            moved = True
-        return moved
-
-    def _check(self, transfer: Transfer, chunk: int) -> None:
-        odd = [member for member in self.others if self.exchange.tag(member, self.axis, chunk) != transfer.tag]
-        if odd:
-            raise ExchangeError(f"rank {odd[0]} sent a piece of another collective, shape or dtype than rank {self.exchange.rank}")
-
-
 class ShmCommunicator:
-    """See ``Communicator`` and the module. Point-to-point messages, broadcasts, unequal exchanges and large groups go by gloo."""
+    """See ``Communicator`` and the module. Broadcasts, unequal exchanges and the collectives of large groups go by gloo.
+
+    transport: one-sided communication through the same memory.
+    """
 
     def __init__(self, gloo: GlooCommunicator, exchange: Exchange, timeout: float) -> None:
         """timeout: seconds that one operation may take."""
@@ -172,11 +52,16 @@ class ShmCommunicator:
         self._gloo = gloo
         self._exchange = exchange
         self._timeout = timeout
-        self._channels: dict[str, _Channel] = {}
+        self._channels: dict[str, Channel] = {}
         for number, axis in enumerate(self.mesh.names):
             members = self.mesh.group(axis, self.rank)
             if 1 < len(members) <= MOST_MEMBERS:
-                self._channels[axis] = _Channel(exchange, number, members, members.index(self.rank))
+                self._channels[axis] = Channel(exchange, number, members)
+        self._all = tuple(self._channels.values())
+        exchange.movers.extend(channel.move for channel in self._all)
+        self.transport = ShmTransport(exchange, timeout)
+        self._sent: list[Message] = []
+        self._tags: dict[tuple[Any, ...], int] = {}
 
     def all_reduce(self, tensor: torch.Tensor, op: str, axis: str) -> Pending:
         """See ``Communicator``."""
@@ -221,7 +106,7 @@ class ShmCommunicator:
 
     def _issue(
         self,
-        channel: _Channel,
+        channel: Channel,
         kind: str,
         source: torch.Tensor,
         target: torch.Tensor,
@@ -229,13 +114,16 @@ class ShmCommunicator:
         op: str = "",
         parts: int = 0,
     ) -> Transfer:
-        tag = zlib.crc32(f"{kind} {op} {source.dtype} {tuple(source.shape)}".encode())
+        key = (kind, op, source.dtype, source.shape)
+        tag = self._tags.get(key)
+        if tag is None:
+            tag = self._tags[key] = zlib.crc32(f"{kind} {op} {source.dtype} {tuple(source.shape)}".encode())
         combine = _COMBINE[op] if op else None
         transfer = Transfer(source, target, combine, result, tag, average=parts if op == "avg" else 0)
         channel.issue(transfer)
         return transfer
 
-    def _count(self, kind: str, tensor: torch.Tensor, channel: _Channel) -> int:
+    def _count(self, kind: str, tensor: torch.Tensor, channel: Channel) -> int:
         parts = len(channel.members)
         self.wire.count(kind, wire_bytes(kind, tensor, parts))
         return parts
@@ -248,49 +136,49 @@ class ShmCommunicator:
 
     def send(self, tensor: torch.Tensor, peer: int, tag: int, axis: str) -> Pending:
         """See ``Communicator``."""
-        return self._gloo.send(tensor, peer, tag, axis)
+        self.wire.count("send", wire_bytes("send", tensor, 1))
+        message = self.transport.isend(tensor, peer, tag, axis).message
+        if message.left:
+            self._sent.append(message)
+        return message
 
     def recv(self, like: torch.Tensor, peer: int, tag: int, axis: str) -> Pending:
         """See ``Communicator``."""
-        return self._gloo.recv(like, peer, tag, axis)
+        self.wire.count("recv", 0)
+        return self.transport.irecv(torch.empty_like(like, memory_format=torch.contiguous_format), peer, tag, axis).message
 
     # --- waiting
 
     def wait(self, pending: Pending) -> torch.Tensor:
         """See ``Communicator``."""
-        if isinstance(pending, PendingWork):
-            if any(channel.inbox for channel in self._channels.values()):
-                self._work_off(lambda: pending.work is None or pending.work.is_completed(), nap=_SHORT_NAP)
-            return self._gloo.wait(pending)
-        assert isinstance(pending, Transfer)
-        self._work_off(lambda: not pending.left)
-        return pending.result
+        if isinstance(pending, Transfer):
+            if pending.left:
+                self._until(lambda: not pending.left)
+            return pending.result
+        if isinstance(pending, Message):
+            if pending.left or not pending.begun:
+                self._until(lambda: pending.done)
+            return pending.result
+        assert isinstance(pending, PendingWork)
+        if self._exchange.movers:
+            self._until(lambda: pending.work is None or bool(pending.work.is_completed()), _SHORT_NAP)
+        return self._gloo.wait(pending)
 
     def flush(self) -> None:
         """See ``Communicator``."""
-        self._work_off(lambda: not any(channel.inbox for channel in self._channels.values()))
+        for channel in self._all:
+            if channel.inbox:
+                self._until(lambda: not any(channel.inbox for channel in self._all))
+                break
+        if self._sent:
+            self._until(lambda: not any(message.left for message in self._sent))
+            self._sent.clear()
         self._gloo.flush()
 
     def barrier(self) -> None:
         """See ``Communicator``."""
         self._gloo.barrier()
 
-    def _work_off(self, is_done: Callable[[], Any], nap: float = _NAP) -> None:
-        """Move chunks of all axes until ``is_done``."""
-        looks = 0
-        deadline = 0.0
-        while True:
-            bell = self._exchange.bell()
-            moved = False
-            for channel in self._channels.values():
-                if channel.inbox:
-                    moved = channel.take() or moved
-                    moved = channel.publish() or moved
-            if is_done():
-                return
-            looks = 0 if moved else looks + 1
-            if looks > _SPINS:
-                deadline = deadline or time.monotonic() + self._timeout
-                self._exchange.sleep(bell, nap)
-                if time.monotonic() > deadline:
-                    raise ExchangeError(f"rank {self.rank} waited {self._timeout:.0f} s for the other ranks of a collective")
+    def _until(self, is_done: Callable[[], bool], nap: float = 0.1) -> None:
+        if not self._exchange.until(is_done, self._timeout, nap):
+            raise ExchangeError(f"rank {self.rank} waited {self._timeout:g} s for the other ranks of a collective or message")

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hocket.runtime.chunks import ExchangeError
 from hocket.runtime.communicator import Wire
-from hocket.runtime.exchange import SLOT_BYTES, SLOTS, Exchange, exchange_bytes
+from hocket.runtime.exchange import SLOT_BYTES, SLOTS, SPIN_CROWDED, Exchange, exchange_bytes
 from hocket.runtime.mesh import Mesh
-from hocket.runtime.shm import ExchangeError, ShmCommunicator
+from hocket.runtime.shm import ShmCommunicator
 
 
 class NoGloo(SimpleNamespace):
@@ -38,7 +39,7 @@ def world(mesh: Mesh, work: Callable[[ShmCommunicator], object], timeout: float 
         gloo = NoGloo(mesh=mesh, rank=rank, wire=Wire())
         try:
             with torch.no_grad():
-                results[rank] = work(ShmCommunicator(gloo, Exchange(os.dup(fd), mesh, rank), timeout))
+                results[rank] = work(ShmCommunicator(gloo, Exchange(os.dup(fd), mesh, rank, SPIN_CROWDED), timeout))
         except Exception as error:
             results[rank] = error
 
