@@ -13,8 +13,18 @@ from ..compiler.cost.cluster import Cluster
 from ..compiler.cost.ops import LocalTensor, Work, is_transposed, is_view, work
 from ..compiler.program import tensor_inputs, tensor_leaves
 
+aten = torch.ops.aten
+
 VIEWLIKE = frozenset(
-    {torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default, torch.ops.aten.chunk.default, torch.ops.aten.unbind.int}
+    {
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.unsafe_split.Tensor,
+        aten.unsafe_split_with_sizes.default,
+        aten.unsafe_chunk.default,
+    }
 )
 """Views with several outputs."""
 

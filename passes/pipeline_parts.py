@@ -47,17 +47,18 @@ def value_of(node: fx.Node) -> Value:
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor), f"{node.name} has several results and cannot pass between parts as one value"
     shape = tuple(int(size) for size in value.shape)
-    return Value(node.name, shape, value.dtype, _dense_stride(value, shape))
+    return Value(node.name, shape, value.dtype, _own_stride(value, shape))
 
 
-def _dense_stride(value: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a tensor if it fills its memory, else those of a contiguous one."""
+def _own_stride(value: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor, gaps included, or contiguous ones where its elements share memory: kernels choose by strides."""
     strides = tuple(int(stride) for stride in value.stride())
     expected = 1
     for dim in sorted(range(len(shape)), key=lambda dim: (strides[dim], shape[dim])):
-        if shape[dim] != 1 and strides[dim] != expected:
-            return contiguous(shape)
-        expected *= shape[dim]
+        if shape[dim] > 1:
+            if strides[dim] < expected:
+                return contiguous(shape)
+            expected = strides[dim] * shape[dim]
     return strides
 
 

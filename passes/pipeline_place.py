@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from ..compiler.errors import InputError
-from ..compiler.program import Phase, Program, RoleKind, note
+from ..compiler.program import Phase, Program, RoleKind, annotate, note
 from ..compiler.stages import PartKind
 from .backward_split_choice import base_of, is_heavy
 from .backward_split_costs import is_alias
@@ -59,7 +59,8 @@ def place(program: Program, forward: Mapping[str, int], gradients: Mapping[str, 
             continue
         before = [stages[base] for base in _bases(node) if base in stages]
         earliest = max(before, default=0)
-        stages[node] = forward.get(node.name, earliest)
+        is_element = node.target is operator.getitem  # of a call's several results: belongs to the call
+        stages[node] = earliest if is_element else forward.get(node.name, earliest)
         if stages[node] < earliest:
             raise InputError(
                 f"{node.name} is at stage {stages[node]} but reads a value of stage {earliest}; a forward stage may only read what "
@@ -123,6 +124,23 @@ def _place_backward(
         stages[node] = min((limit for limit in limits if limit is not None), default=max(stages.values()))
         if node.target is operator.getitem:
             stages[node] = stages[node.args[0]]  # type: ignore[index]
+    _advance_what_others_need(program, stages)
+
+
+def _advance_what_others_need(program: Program, stages: Mapping[fx.Node, int]) -> None:
+    """Gradients of weights that another stage still needs (those of a weight computed from others there) belong to part I."""
+    urgent: set[fx.Node] = set()
+    for node in reversed(program.nodes):
+        if node.op != "call_function" or not (is_alias(node) or note(node).phase is Phase.BACKWARD_WEIGHT):
+            continue
+        readers = [user for user in node.users if user.op == "call_function" and note(user).phase is not Phase.OPTIMIZER]
+        moved = any(reader in stages and stages.get(base_of(node)) != stages[reader] for reader in readers)
+        if moved or any(
+            reader in urgent or (reader in stages and kind_of(reader) is PartKind.BACKWARD_INPUT) for reader in readers
+        ):
+            urgent.add(node)
+            if note(node).phase is Phase.BACKWARD_WEIGHT:
+                annotate(node, phase=Phase.BACKWARD_INPUT)
 
 
 def _near_their_weights(
