@@ -21,9 +21,10 @@ from . import wire
 from .errors import RunError
 from .exchange import exchange_bytes
 from .faults import AFTERWARDS, Evidence, describe_exit, diagnose
+from .fence import new_fence
 from .launcher import RankProcess, launcher
 from .mesh import Mesh
-from .monitor import Position, read_page
+from .monitor import Mailflag, Position, read_page
 from .program import RankProgram
 
 HOLD_BACK = 0.3
@@ -31,6 +32,9 @@ HOLD_BACK = 0.3
 
 LOOK_EVERY = 0.05
 """Seconds between two looks at the pages of the ranks."""
+
+SPIN = 1e-4
+"""Seconds to look for the answers to a step before this process sleeps: a short step is over sooner than a process wakes up."""
 
 SHUTDOWN = 1.0
 """Seconds that ranks are given to end by themselves."""
@@ -51,6 +55,10 @@ class Limits:
     window: int = 16
 
 
+_BY_PAGE = frozenset((wire.Op.FORWARD, wire.Op.BACKWARD, wire.Op.COMMIT))
+"""Messages whose answer says nothing but that they are done: ranks say it on their page, and by packet only to a sleeper."""
+
+
 @dataclass
 class _Round:
     """One message and the answers to it."""
@@ -58,6 +66,7 @@ class _Round:
     missing: set[int]
     answers: dict[int, wire.Packet]
     files: dict[int, int]
+    by_page: bool = False
 
 
 class Crew:
@@ -83,6 +92,8 @@ class Crew:
             self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], shared, limits.start)
         finally:
             wire.close_all(shared)
+        self._flags = [Mailflag(rank.page) for rank in self.ranks]
+        self._fence = new_fence()
         self._watch()
         self._rounds[0] = _Round(set(range(mesh.size)), {}, {})
         self.wait(0, limits.start)
@@ -122,11 +133,12 @@ class Crew:
         self._sequence += 1
         packet = packet._replace(sequence=self._sequence)
         if answered:
-            self._rounds[self._sequence] = _Round(set(range(self.mesh.size)), {}, {})
+            self._rounds[self._sequence] = _Round(set(range(self.mesh.size)), {}, {}, packet.op in _BY_PAGE)
         try:
-            for rank in self.ranks:
+            for rank, flag in zip(self.ranks, self._flags, strict=True):
                 try:
                     wire.send(rank.sock, packet, descriptors)
+                    flag.posted(self._sequence)
                 except wire.Closed:
                     self._silent.add(rank.rank)
                 except BlockingIOError:
@@ -142,22 +154,55 @@ class Crew:
         """The answers of all ranks to one message. Raises RunError for any failure; then, and on Ctrl-C, the ranks are gone."""
         current = self._rounds[sequence]
         try:
-            watch = _Patience(patience)
-            while current.missing:
-                for descriptor, _ in self._poll.poll(LOOK_EVERY * 1000):
-                    rank, action = self._by_fd[descriptor]
-                    action(rank)
-                if self._failures or self._dead or self._silent:
-                    raise self._fail()
-                if current.missing and watch.due():
-                    stalled = watch.look(self.positions())
-                    if stalled or self._disagree():
-                        raise self._fail(stalled=stalled)
+            if not (current.by_page and self._look(sequence, current)):
+                self._doze(current, patience)
         except BaseException:
             self.kill("it was interrupted")
             raise
         del self._rounds[sequence]
         return current.answers
+
+    def _look(self, sequence: int, current: _Round) -> bool:
+        """Look at the pages for a moment; whether all ranks are done."""
+        end = time.monotonic() + SPIN
+        while True:
+            for rank in tuple(current.missing):
+                if self._flags[rank].done() >= sequence:
+                    current.missing.discard(rank)
+            if not current.missing:
+                return True
+            if time.monotonic() > end:
+                return False
+            os.sched_yield()
+
+    def _doze(self, current: _Round, patience: float) -> None:
+        """Sleep until something happens, again and again, until all ranks have answered."""
+        watch = _Patience(patience)
+        for flag in self._flags:
+            flag.sleep(1)
+        self._fence()
+        while True:
+            self._read_pages()
+            if not current.missing:
+                break
+            for descriptor, _ in self._poll.poll(LOOK_EVERY * 1000):
+                rank, action = self._by_fd[descriptor]
+                action(rank)
+            if self._failures or self._dead or self._silent:
+                raise self._fail()
+            if current.missing and watch.due():
+                stalled = watch.look(self.positions())
+                if stalled or self._disagree():
+                    raise self._fail(stalled=stalled)
+        for flag in self._flags:
+            flag.sleep(0)
+
+    def _read_pages(self) -> None:
+        """Ranks that say on their page that they are done are missing no more."""
+        done = [flag.done() for flag in self._flags]
+        for sequence, current in self._rounds.items():
+            if current.by_page:
+                current.missing.difference_update([rank for rank in current.missing if done[rank] >= sequence])
 
     def files(self, sequence: int) -> dict[int, int]:
         """Descriptors that came with the answers to a message that is still waited for."""
@@ -174,7 +219,10 @@ class Crew:
             wire.close_all(descriptors)
             self._failures[rank.rank] = json.loads(packet.payload)
             return
-        current = self._rounds[packet.sequence]
+        current = self._rounds.get(packet.sequence)
+        if current is None:  # its page had told already
+            wire.close_all(descriptors)
+            return
         current.missing.discard(rank.rank)
         current.answers[rank.rank] = packet
         if descriptors:
@@ -192,6 +240,7 @@ class Crew:
         return [read_page(rank.page, len(self.mesh.axes)) for rank in self.ranks]
 
     def _evidence(self) -> Evidence:
+        self._read_pages()
         waited = frozenset(rank for current in self._rounds.values() for rank in current.missing)
         pids = [rank.pid for rank in self.ranks]
         return Evidence(self.mesh, pids, self.positions(), self.programs, self._failures, self._dead, 0.0, waited, self._dump)
@@ -240,6 +289,8 @@ class Crew:
         deadline = time.monotonic() + SHUTDOWN
         for rank in self.ranks:
             rank.wait_gone(deadline)
+        for rank, flag in zip(self.ranks, self._flags, strict=True):
+            flag.release()
             rank.release()
         for current in self._rounds.values():
             wire.close_all(list(current.files.values()))

@@ -23,12 +23,12 @@ import errno
 import mmap
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from .fence import new_fence
 from .mesh import Mesh
 
 SLOTS = 8
@@ -104,9 +104,8 @@ class Exchange:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._bases: dict[torch.dtype, torch.Tensor] = {}
         self.movers: list[Callable[[], object]] = []
+        self.fence = new_fence()
         self._rings = 0
-        lock = threading.Lock()
-        self._lock, self._unlock = lock.acquire, lock.release
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
 
@@ -133,15 +132,9 @@ class Exchange:
 
     # --- bells
 
-    def fence(self) -> None:
-        """Everything written before is seen before everything read or written after: taking a lock is an atomic exchange."""
-        self._lock()
-        self._unlock()
-
     def notify(self, ranks: Sequence[int]) -> None:
         """Wake those ranks that sleep; call it after changing what they may wait for."""
-        self._lock()
-        self._unlock()
+        self.fence()
         bells = self._bells
         for rank in ranks:
             line = rank * (_LINE // 4)

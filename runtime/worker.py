@@ -17,11 +17,13 @@ import os
 import socket
 import struct
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from . import wire
+from .chunks import ExchangeError
 from .communicator import Communicator
 from .errors import RunError
 from .executors.flat import FlatExecutor, Frame
@@ -33,10 +35,13 @@ from .program import RankProgram
 from .rendezvous import connect_local
 from .resident import Resident
 from .segments import Location, MappedSegments
-from .shm import ExchangeError
+from .transports.transport import TransportError
 
 if TYPE_CHECKING:
     from .fusion import Fusion
+
+_LOOK_FOR = 2e-4
+"""Seconds that a rank without work looks for a message before it sleeps; only where every rank has a core."""
 
 _MAX_TEXT = 40_000
 _MAX_VIEWS = 4096
@@ -104,7 +109,7 @@ class Worker:
 
     def loop(self) -> NoReturn:
         """Serve until the controller closes. Raises wire.Closed when it is gone."""
-        actions = {
+        actions: dict[int, Callable[[wire.Packet], None]] = {
             wire.Op.FORWARD: self._forward,
             wire.Op.BACKWARD: self._backward,
             wire.Op.COMMIT: self._commit,
@@ -116,8 +121,13 @@ class Worker:
             wire.Op.WIRE: self._wire,
         }
         with torch.inference_mode():
+            idle = _LOOK_FOR if self.mesh.size * torch.get_num_threads() <= len(os.sched_getaffinity(0)) else 0.0
+            last = 0
             while True:
+                if idle:
+                    self.page.await_post(last, idle)
                 packet, descriptors = self.inbox.receive()
+                last = packet.sequence
                 if packet.op == wire.Op.CLOSE:
                     wire.send(self.sock, wire.Packet(wire.Op.DONE, 0, packet.sequence, 0))
                     os._exit(0)
@@ -128,11 +138,16 @@ class Worker:
                     if packet.op == wire.Op.SEGMENTS:
                         self._map(packet, descriptors)
                     else:
-                        actions[wire.Op(packet.op)](packet)
+                        actions[packet.op](packet)
                 except wire.Closed:
                     raise
                 except Exception as error:
                     self._report(packet, error)
+
+    def _finish(self, packet: wire.Packet) -> None:
+        """A step is done; the controller reads it on the page."""
+        if self.page.finish(packet.sequence):
+            wire.send(self.sock, wire.Packet(wire.Op.DONE, packet.handle, packet.sequence, packet.ticket))
 
     def _done(self, packet: wire.Packet, payload: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
         self.page.state(State.IDLE)
@@ -148,7 +163,7 @@ class Worker:
             "message": text[:2000],
             "traceback": "".join(traceback.format_exception(cause))[-_MAX_TEXT:],
             "memory": isinstance(cause, MemoryError | torch.OutOfMemoryError) or any(mark in text for mark in _MEMORY),
-            "communication": isinstance(cause, ExchangeError)
+            "communication": isinstance(cause, ExchangeError | TransportError)
             or (isinstance(cause, RuntimeError | OSError) and any(mark in text for mark in _COMMUNICATION)),
         }
         answer = wire.Packet(wire.Op.FAILED, packet.handle, packet.sequence, packet.ticket, json.dumps(report).encode())
@@ -240,7 +255,7 @@ class Worker:
         self._run(packet, loaded, frame, numbers, ())
         if len(loaded.program.segments) == 1:
             self._drop_frame(packet.ticket)
-        self._done(packet)
+        self._finish(packet)
 
     def _backward(self, packet: wire.Packet) -> None:
         loaded, frame = self.frames[packet.ticket]
@@ -248,7 +263,7 @@ class Worker:
         numbers, fed = self._fed(loaded, packet, 1)
         self._run(packet, loaded, frame, numbers, fed)
         self._drop_frame(packet.ticket)
-        self._done(packet)
+        self._finish(packet)
 
     def _fed(self, loaded: Resident, packet: wire.Packet, segment: int) -> tuple[tuple[int, ...], list[torch.Tensor]]:
         numbers = loaded.offsets[segment].unpack(packet.payload)
@@ -291,7 +306,7 @@ class Worker:
         self.page.state(State.WRITING)
         for target, value in self.updates.pop(packet.ticket):
             target.copy_(value)
-        self._done(packet)
+        self._finish(packet)
 
     def _release(self, packet: wire.Packet) -> None:
         self._drop(packet.ticket)

@@ -6,6 +6,7 @@ in the frame (see ``load``). A monitor and stamps cost two more calls a step, in
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
 import zlib
@@ -128,7 +129,8 @@ class FlatExecutor:
             self._place(values, chosen.inputs, extra_inputs)
         frame.done.add(segment)
         code = self._code[segment]
-        with torch.no_grad(), torch._C._DisableAutocast():
+        grad = torch.no_grad() if torch.is_grad_enabled() else _NOTHING  # entering costs microseconds
+        with grad, torch._C._DisableAutocast():
             if self.monitor is None and self.stamps is None:
                 self._run_plain(values, code)
             else:
@@ -218,6 +220,9 @@ class FlatExecutor:
         tensor = values[self.loaded.steps[index].inputs[0]]
         shape = "" if kind in UNSHAPED else tuple(tensor.shape)
         monitor.issue(index, zlib.crc32(f"{ins.op}{ins.args[-1]}{shape}{tensor.dtype}".encode()))
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class _NoMonitor:
