@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .compiler.capture import capture
+    from .compiler.decoding.drafts import NGramDraft
     from .compiler.decoding.generate import generate
+    from .compiler.doors.jacobi import Jacobi
     from .compiler.doors.parallelize import parallel, parallelize
+    from .compiler.doors.sequential import sequential
     from .compiler.doors.train import train_step
     from .compiler.plan.tactics import Auto, DataParallel, Rewrites, SequenceParallel, TensorParallel, Zero
     from .compiler.verify.standalone import verify
@@ -25,7 +28,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Auto",
     "DataParallel",
+    "Jacobi",
     "Mesh",
+    "NGramDraft",
     "Rewrites",
     "SequenceParallel",
     "TensorParallel",
@@ -34,6 +39,7 @@ __all__ = [
     "generate",
     "parallel",
     "parallelize",
+    "sequential",
     "train_step",
     "verify",
 ]
@@ -41,7 +47,9 @@ __all__ = [
 _HOME = {
     "Auto": ".compiler.plan.tactics",
     "DataParallel": ".compiler.plan.tactics",
+    "Jacobi": ".compiler.doors.jacobi",
     "Mesh": ".runtime.mesh",
+    "NGramDraft": ".compiler.decoding.drafts",
     "Rewrites": ".compiler.plan.tactics",
     "SequenceParallel": ".compiler.plan.tactics",
     "TensorParallel": ".compiler.plan.tactics",
@@ -50,6 +58,7 @@ _HOME = {
     "generate": ".compiler.decoding.generate",
     "parallel": ".compiler.doors.parallelize",
     "parallelize": ".compiler.doors.parallelize",
+    "sequential": ".compiler.doors.sequential",
     "train_step": ".compiler.doors.train",
     "verify": ".compiler.verify.standalone",
 }

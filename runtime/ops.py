@@ -65,6 +65,8 @@ def overload_of(name: str) -> torch._ops.OpOverload:
     """The torch op of that name. ProgramError when it is not allowed, unknown to this torch, mutates, or touches files."""
     check_op(name)
     namespace, base, overload = name.split(".")
+    if namespace == "hocket":
+        _define(base)
     try:
         packet = getattr(getattr(torch.ops, namespace), base)
         found = getattr(packet, overload)
@@ -80,6 +82,18 @@ def overload_of(name: str) -> torch._ops.OpOverload:
     if any(argument.name in _FORBIDDEN_ARGUMENTS for argument in schema.arguments):
         raise ProgramError(f"op {name!r} is not allowed: it reads or writes files")
     return found
+
+
+def _define(base: str) -> None:
+    """Define one of hocket's own ops in torch, when it is first asked for."""
+    if base == "chain":
+        from .fixedpoint.op import chain_op  # its bodies hold ops of this table
+
+        chain_op()
+    elif base in ("stand_in", "stand_ins"):
+        from .stand_in import define
+
+        define()
 
 
 @functools.cache

@@ -13,7 +13,9 @@ import hocket.errors
 PUBLIC = [
     "Auto",
     "DataParallel",
+    "Jacobi",
     "Mesh",
+    "NGramDraft",
     "Rewrites",
     "SequenceParallel",
     "TensorParallel",
@@ -24,6 +26,7 @@ PUBLIC = [
     "generate",
     "parallel",
     "parallelize",
+    "sequential",
     "train_step",
     "verify",
 ]

@@ -16,10 +16,11 @@ from ...runtime.engines.base import Engine
 from ..capture import Specialisations, capture
 from ..errors import InputError
 from ..layout import format_layout
+from ..plan.tactics import capturing
 from ..program import RoleKind
 from ..retrace import Retrace
 from .autograd import Call, RanksFunction
-from .hall import Compiled, Options, compile_program, prove_again
+from .hall import Compiled, Options, compile_program, prove_again, run_exactly
 from .loaded import Loaded
 from .state import ModelState
 from .threads import single_threaded
@@ -91,10 +92,11 @@ class Session:
     @single_threaded
     def _compile(self, train: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loaded:  # noqa: FBT001 (a callback)
         start = time.perf_counter()
-        program = capture(self.state.captured, args, kwargs, train=train)
-        captured = time.perf_counter() - start
-        retrace = Retrace(self.state.captured, args, kwargs, train=train)
-        compiled = compile_program(program, self.options, retrace=retrace, fixed=self._settled())
+        with capturing(self.options.tactics):
+            program = capture(self.state.captured, args, kwargs, train=train)
+            captured = time.perf_counter() - start
+            retrace = Retrace(self.state.captured, args, kwargs, train=train)
+            compiled = compile_program(program, self.options, retrace=retrace, fixed=self._settled())
         compiled = compiled.timed(capture=captured)
         loaded = Loaded(self.engine, compiled, self.state.bindings(compiled))
         self.state.watch()
@@ -131,9 +133,11 @@ class Session:
         text = explain(self.compiled, topic)
         return f"{text}{self.latest.fusion}\n" if self.latest.fusion is not None and not topic else text
 
-    def verify(self, level: str) -> Verdict:
+    def verify(self, level: str, *, canary: bool = False) -> Verdict:
         """See ``ParallelModule.verify``."""
-        return prove_again(self.compiled, self.options, level)
+        compiled = self.compiled
+        verdict = prove_again(compiled, self.options, level)
+        return verdict.also(run_exactly(compiled, self.options, self.engine)) if canary else verdict
 
 
 @contextmanager

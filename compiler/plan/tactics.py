@@ -12,7 +12,8 @@ batch still gets its whole input, and the plan says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,10 @@ class RewriteTactic:
         """Passes over the sharded program."""
         return ()
 
+    def while_capturing(self) -> contextlib.AbstractContextManager[object]:
+        """What the model is to be captured within, at full and at small sizes."""
+        return contextlib.nullcontext()
+
 
 @dataclass(frozen=True)
 class Rewrites(RewriteTactic):
@@ -59,6 +64,15 @@ class Rewrites(RewriteTactic):
 def rewrites_of(tactics: Sequence[Tactic | RewriteTactic] | str) -> tuple[RewriteTactic, ...]:
     """Those of the tactics that rewrite, in order."""
     return () if isinstance(tactics, str) else tuple(t for t in tactics if isinstance(t, RewriteTactic))
+
+
+@contextlib.contextmanager
+def capturing(tactics: Sequence[Tactic | RewriteTactic] | str) -> Iterator[None]:
+    """Within what every tactic wants a model to be captured in."""
+    with contextlib.ExitStack() as stack:
+        for tactic in rewrites_of(tactics):
+            stack.enter_context(tactic.while_capturing())
+        yield
 
 
 def placing_tactics(tactics: Sequence[Tactic | RewriteTactic] | str) -> Sequence[Tactic] | str:

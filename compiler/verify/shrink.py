@@ -7,6 +7,7 @@ rewritten programs are the same but for their integers (the skeleton), and if ev
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -42,11 +43,23 @@ def _abstract(argument: Any) -> Any:
     """An argument with nodes by name and integers left out."""
     if isinstance(argument, fx.Node):
         return ("node", argument.name)
+    argument = _opened(argument)
     if isinstance(argument, (list, tuple)):
         return tuple(_abstract(item) for item in argument)
     if isinstance(argument, Mapping):
         return tuple((key, _abstract(item)) for key, item in argument.items())
     return "int" if isinstance(argument, int) and not isinstance(argument, bool) else repr(argument)
+
+
+def _opened(argument: Any) -> Any:
+    """The body of a chain, which stands in a program as text, as the nest that it is: its sizes are integers like any others."""
+    if not (isinstance(argument, str) and argument.startswith('{"calls":')):
+        return argument
+
+    def named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: f"slot {value}" if key == "slot" else value for key, value in pairs}
+
+    return json.loads(argument, object_pairs_hook=named)
 
 
 def _abstract_value(value: Any) -> Any:
@@ -68,6 +81,7 @@ def integers(program: Program) -> list[tuple[str, int]]:
 
 
 def _walk(argument: Any) -> Iterator[int]:
+    argument = _opened(argument)
     if isinstance(argument, int) and not isinstance(argument, bool):
         yield argument
     elif isinstance(argument, (list, tuple)):

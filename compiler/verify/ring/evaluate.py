@@ -9,12 +9,16 @@ import torch
 
 from ...errors import UnsupportedError
 from .algebra import Algebra
+from .ops.chain import is_chain
 from .ops.factories import FACTORIES
 from .table import decomposition_map, op_table
 from .value import RingTensor, Value, map_ring, ring_leaves
 
 _IRRELEVANT = ("layout", "device", "pin_memory", "memory_format", "non_blocking")
 """Arguments that do not change the value."""
+
+_AS_RESHAPE: dict[Any, Any] = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
+"""A view was traced for the strides that one kernel gave; integers here may have others."""
 
 _KEEPS_KNOWN = 1 << 16
 """Known values are carried along by executing the op on them as well; larger tensors drop it."""
@@ -31,6 +35,8 @@ def apply(alg: Algebra, op: Any, args: tuple[Value, ...], kwargs: dict[str, Valu
         return _python(op, args, kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in _IRRELEVANT}
     leaves = ring_leaves(args) + ring_leaves(kwargs)
+    if is_chain(op):
+        return _meaning(alg, op, args, kwargs)
     if not leaves:
         return _without_floats(alg, op, args, kwargs)
     if any(leaf.known is None for leaf in leaves):
@@ -67,7 +73,7 @@ def _without_floats(alg: Algebra, op: torch._ops.OpOverload, args: tuple[Value, 
     factory = FACTORIES.get(op.overloadpacket)
     if factory is not None:
         return factory(alg, *args, **kwargs)
-    result = op(*args, **kwargs)
+    result = _AS_RESHAPE.get(op, op)(*args, **kwargs)
     if not _has_floats(result):
         return result
     lifted_args, lifted_kwargs = _lift_integers(alg, args), _lift_integers(alg, kwargs)

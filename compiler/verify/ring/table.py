@@ -11,6 +11,7 @@ from typing import Any
 
 from .ops.activations import ACTIVATIONS
 from .ops.attention import ATTENTION
+from .ops.chain import CHAIN
 from .ops.decomposed import decompositions
 from .ops.factories import FACTORIES
 from .ops.indexing import INDEXING
@@ -35,6 +36,7 @@ FAMILIES: tuple[Mapping[Any, Meaning], ...] = (
     ATTENTION,
     LOSS,
     FACTORIES,
+    CHAIN,
 )
 
 

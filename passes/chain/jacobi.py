@@ -1,0 +1,87 @@
+"""Solve recurrences in parallel (Jacobi feedforward, Song et al., ICML 2021, arXiv 2002.03629).
+
+    x[t+1] = f(x[t], u[t])  for t = 0 .. T-1      a triangular system; any of its fixed-point iterations ends at the loop's own
+    values
+
+The pass finds chains in unrolled graphs and lifts each into one ``hocket::chain`` node; takes the chain nodes that capture made of
+recurrent layers and ``hocket.sequential``; splits off what needs no step-by-step order; and hands the rest to a solver. The node
+means the sequential loop, so the program is equal by definition of the node, and that is what the verifier evaluates; how it is
+solved, and how exactly, is part of the instruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch.fx as fx
+
+from ...compiler.chains.bodies import How, chain_op
+from ...compiler.contract import Context, Contract, Equal
+from ...compiler.program import Decision, Program, copy_program, note
+from .batch import Inserter
+from .split import ChainNode, Split, split
+
+
+@dataclass(frozen=True)
+class JacobiFeedforward:
+    """Find, lift, split and solve chains.
+
+    solver: "auto" measures at the first call and decides; or "blocks:64", "jacobi", "windows:32", "shooting:32", "newton",
+    "sequential". exact: "bitwise", "rounding" or a relative tolerance. find: look for chains in unrolled graphs.
+    """
+
+    name: ClassVar[str] = "jacobi"
+    contract: ClassVar[Contract] = Equal()
+    solver: str = "auto"
+    exact: str | float = "rounding"
+    find: bool = True
+
+    def __call__(self, program: Program, context: Context) -> Program:
+        """See the class."""
+        chain_op()
+        how = How.parse(self.solver, self.exact)
+        after, _ = copy_program(program)
+        graph = after.graph.graph
+        how = _on_ranks(how, context.mesh.size)
+        decisions = [self._chain(graph, node, how) for node in [n for n in graph.nodes if n.target is chain_op()]]
+        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        return after.decided(*decisions)
+
+    def _chain(self, graph: fx.Graph, node: fx.Node, how: How) -> Decision:
+        inserter = Inserter(graph, node, self.name)
+        chain = ChainNode.of(node, inserter)
+        chosen, reason = _choice(chain, how)
+        made = split(chain, chosen, inserter)
+        for index, getters in chain.uses.items():
+            for getter in getters:
+                getter.replace_all_uses_with(made.replaced[index])
+                graph.erase_node(getter)
+        graph.erase_node(node)
+        return Decision(
+            self.name, made.node.name, chosen.solver != "sequential", f"{_what(chain, made)}; {reason}", None, note(node).source
+        )
+
+
+def _choice(chain: ChainNode, how: How) -> tuple[How, str]:
+    """The solver of one chain, and why."""
+    dtypes = [n.meta["val"].dtype for n in chain.init]
+    floating = any(d.is_floating_point for d in dtypes)
+    if how.exact == "bitwise" and floating and how.solver == "auto":
+        why = 'a loop: exact="bitwise" of a floating point state, whose rounding never settles'
+        return replace(how, solver="sequential", window=0), why
+    classes = {how.exactness(d) for d in dtypes}
+    exact = "ROUNDING" if "ROUNDING" in classes else classes.pop()
+    measured = "decided at the first call by a measured step and the length of its memory" if how.solver == "auto" else "as asked"
+    return how, f"solver {how}, {exact}, {measured}"
+
+
+def _on_ranks(how: How, ranks: int) -> How:
+    """On several ranks nothing may depend on measured time: ranks that hold copies must take the same way."""
+    return replace(how, solver="blocks", window=how.window or 32) if how.solver == "auto" and ranks > 1 else how
+
+
+def _what(chain: ChainNode, made: Split) -> str:
+    layout = "steps folded into rows" if made.rows else "steps vectorised"
+    sums = f", {made.summed} sums taken after it" if made.summed else ""
+    return f"a chain of {chain.count} steps of {made.kept} ops ({made.hoisted} more hoisted{sums}; {layout})"

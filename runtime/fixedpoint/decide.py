@@ -1,0 +1,197 @@
+"""Which solver pays, from a step's measured cost and the measured length of the chain's memory.
+
+    loop       T c(1)
+    blocks w   (w + (S - 1) min(w, m)) c(T/w) + S tests,      S = min(T/w, 1 + m/w) sweeps
+
+c(n) is the cost of a step on n lanes, m the merge length: after how many steps two trajectories from different starts agree. Both
+are measured at the first call of a chain, which runs as a loop; m by lanes started from zero at places where the true state is
+known. A chain that does not forget (long memory, chaos) has no m and stays a loop; it is looked at again from time to time, since
+training changes it. A chain that settles later than planned goes on as a loop from its exact part and is measured anew.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .how import How
+from .report import ChainReport
+from .solvers import Solved, Stop, blocks, loop
+from .steps import Chain
+
+SHORTEST = 24
+"""Shorter chains are not worth a look."""
+
+WINDOWS = (8, 16, 32, 64, 128, 256, 512)
+PROBES, PROBE_STEPS = 8, 256
+MARGIN = 1.15
+"""Predicted costs of blocks are taken this much dearer, so that a tie stays a loop."""
+
+SWEEP_SECONDS = 40e-6
+LOOK_AGAIN = 64
+"""Calls after which a chain that stayed a loop is measured again (doubled each time, so that looking costs nothing in the end)."""
+
+
+@dataclass
+class Known:
+    """What is known of one chain at its shapes. merge: steps, inf where trajectories do not meet; window: 0 for the loop."""
+
+    costs: dict[int, float] = field(default_factory=dict)
+    merge: float = math.inf
+    window: int = 0
+    sweeps: int = 0
+    reason: str = ""
+    wait: int = LOOK_AGAIN
+    calls: int = 0
+    is_measured: bool = False
+
+
+_KNOWN: dict[tuple[Any, ...], Known] = {}
+_MOST_KNOWN = 256
+
+
+def knowledge(chain: Chain, how: How) -> Known:
+    """What this process knows of a chain (kept by body, sizes and exactness)."""
+    shapes = tuple((tuple(t.shape), t.dtype, str(t.device)) for t in (*chain.init, *chain.shared, *chain.streams))
+    key = (chain.body.text, chain.count, shapes, how.exact)
+    if key not in _KNOWN:
+        while len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        _KNOWN[key] = Known()
+    return _KNOWN[key]
+
+
+def forget() -> None:
+    """Measure every chain anew."""
+    _KNOWN.clear()
+
+
+def decided(chain: Chain, how: How, stop: Stop) -> Solved:
+    """Solve a chain the way that is expected to be cheapest."""
+    known = knowledge(chain, how)
+    known.calls += 1
+    if known.window:
+        solved = blocks(chain, stop, known.window, cap=known.sweeps)
+        if solved.report.fell_back:
+            known.is_measured, known.window, known.wait, known.calls = False, 0, known.wait * 2, 0
+            known.reason = "it settled later than measured"
+            _look(chain, stop, known, solved.trajectory)
+        return solved
+    solved = loop(chain)
+    if not known.is_measured or known.calls >= known.wait:
+        known.wait = known.wait * 2 if known.is_measured else known.wait
+        known.calls, known.is_measured = 0, True
+        _look(chain, stop, known, solved.trajectory)
+    return solved
+
+
+def _look(chain: Chain, stop: Stop, known: Known, states: list[Tensor]) -> None:
+    """Measure, and choose."""
+    known.is_measured = True
+    if chain.count < SHORTEST:
+        known.reason = f"{chain.count} steps are too few"
+        return
+    stop.measure(states)
+    if any(not bool(torch.isfinite(s).all()) for s in states if s.is_floating_point()):
+        known.reason = "its states are not finite"
+        return
+    known.merge = merge_length(chain, stop, states)
+    if known.merge == math.inf:
+        known.window, known.reason = 0, "trajectories from different starts do not meet (long memory or chaos)"
+        return
+    known.costs = known.costs or step_costs(chain)
+    choose(known, chain.count)
+
+
+def choose(known: Known, count: int) -> None:
+    """The cheapest of the loop and all windows, by the formula of the module."""
+    best, known.window = count * known.costs[1], 0
+    for window in WINDOWS:
+        lanes = -(-count // window)
+        if lanes < 2:
+            break
+        sweeps = min(lanes, 1 + math.ceil(known.merge / window))
+        steps = window + (sweeps - 1) * min(window, known.merge)
+        cost = MARGIN * (steps * _interpolated(known.costs, lanes) + sweeps * SWEEP_SECONDS)
+        if cost < best:
+            best, known.window, known.sweeps = cost, window, sweeps + 1
+    kind = f"blocks of {known.window}" if known.window else "a loop"
+    known.reason = (
+        f"memory of {known.merge:.0f} steps: {kind} predicted at {best * 1e3:.2f} ms of {count * known.costs[1] * 1e3:.2f}"
+    )
+
+
+def _interpolated(costs: dict[int, float], lanes: int) -> float:
+    sizes = sorted(costs)
+    if lanes >= sizes[-1]:
+        return costs[sizes[-1]] * lanes / sizes[-1]
+    low = max(size for size in sizes if size <= lanes)
+    high = min(size for size in sizes if size >= lanes)
+    if low == high:
+        return costs[low]
+    return costs[low] + (costs[high] - costs[low]) * (lanes - low) / (high - low)
+
+
+def step_costs(chain: Chain) -> dict[int, float]:
+    """Seconds of one step on 1, 2, 8, ... lanes, up to what the smallest window needs."""
+    most = -(-chain.count // WINDOWS[0])
+    sizes = [n for n in ((1, 2, 8, 32, 128) if chain.body.rows else (1, 8, 32)) if n <= most]
+    costs = {n: _seconds(chain, n) for n in sizes}
+    return costs
+
+
+def _seconds(chain: Chain, n: int, repeats: int = 4) -> float:
+    lanes = chain.lanes(n)
+    init = [torch.stack([first] * n) for first in chain.init]
+    state = start = chain.init if n == 1 else lanes.pack(init)
+    slices = [s[0] for s in chain.streams] if n == 1 else lanes.pack([torch.stack([s[0]] * n) for s in chain.streams])
+    step = chain.step if n == 1 else lanes.step
+    best = math.inf
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(4):
+            state = step(state, slices)
+        best = min(best, (time.perf_counter() - begin) / 4)
+        state = start
+    return best
+
+
+def merge_length(chain: Chain, stop: Stop, states: list[Tensor]) -> float:
+    """Steps until lanes started from zero meet the true states; inf where they do not come closer.
+
+    states: [count, *shape] of every carry, after each step. Beyond the steps that are tried the decay is extrapolated.
+    """
+    length = min(PROBE_STEPS, chain.count // 2)
+    starts = [1 + i * (chain.count - length - 1) // PROBES for i in range(PROBES)]
+    lanes = chain.lanes(PROBES)
+    state = lanes.pack([first.new_zeros((PROBES, *first.shape)) for first in chain.init])
+    index = torch.tensor(starts)
+    changes = []
+    for t in range(length):
+        where = (index + t).to(states[0].device)
+        state = lanes.step(state, lanes.pack([stream[where] for stream in chain.streams]))
+        if t % 4 == 3:
+            if stop.settled(lanes.unpack(state), [s[where] for s in states]):
+                return t + 1
+            changes.append(stop.residual)
+    return _extrapolated(changes, [r * s for r, s in zip(stop.relative, stop.scales, strict=True)])
+
+
+def _extrapolated(changes: list[float], tolerances: list[float]) -> float:
+    half, last = changes[len(changes) // 2] if changes else math.inf, changes[-1] if changes else math.inf
+    goal = min((t for t in tolerances if t > 0), default=0.0)
+    if not (goal > 0.0 and 0.0 < last < half < math.inf):
+        return math.inf
+    steps = 4 * (len(changes) - 1 - len(changes) // 2)
+    rate = math.log(last / half) / steps
+    return 4 * len(changes) + math.log(goal / last) / rate if rate < -1e-3 else math.inf
+
+
+def explain(report: ChainReport, known: Known) -> str:
+    """One sentence on what was decided and what came of it."""
+    return f"{report}; {known.reason}"

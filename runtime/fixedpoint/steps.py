@@ -1,0 +1,173 @@
+"""A body made ready to run: one step of the chain, or the same step on many lanes at once.
+
+    lane    one copy of the state, at its own place in the chain; n lanes advance together by one batched step
+
+A body whose rows are independent takes its lanes as more rows: one matrix product instead of a batch of small ones. Any other body
+is vectorised by ``torch.func.vmap``, traced once for each number of lanes, so that a step costs its ops and nothing else.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..load import load
+from .body import Body
+
+Step = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+"""(carries, one slice of every stream) -> results."""
+
+
+class Runner:
+    """Some results of a body as a function. Its frame is kept between calls: a runner serves one solve at a time."""
+
+    def __init__(self, body: Body, results: Sequence[int], shared: Sequence[Tensor], floating: torch.dtype | None) -> None:
+        """floating: stands for every floating dtype of the body where it is not the body's own."""
+        loaded = load(body.as_program(body.needed(results)), 0, floating=floating)
+        self._code = [(step.call, _getter(step.inputs), step.output, step.spread) for step in loaded.steps]
+        self._frame: list[Any] = loaded.new_frame()
+        self._frame[body.carries : body.carries + len(shared)] = shared
+        self._carries, self._streams, self._inputs = body.carries, body.carries + len(shared), body.inputs
+        self._results = _getter(tuple(results))
+
+    def __call__(self, carries: Sequence[Tensor], slices: Sequence[Tensor]) -> list[Tensor]:
+        """One step. carries, slices: one tensor each."""
+        frame = self._frame
+        frame[: self._carries] = carries
+        frame[self._streams : self._inputs] = slices
+        for call, get, output, spread in self._code:
+            result = call(*get(frame))  # type: ignore[misc]
+            if output >= 0:
+                frame[output] = result
+            else:
+                for slot, element in zip(spread, result, strict=True):
+                    if slot >= 0:
+                        frame[slot] = element
+        return list(self._results(frame))
+
+
+def _getter(positions: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """A tuple of the values at some positions, also for none and for one."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    if not positions:
+        return lambda _frame: ()
+    only = positions[0]
+    return lambda frame: (frame[only],)
+
+
+class Lanes:
+    """The same step for n lanes. A state of all lanes is a list of packed carries; ``pack`` and ``unpack`` go between them and
+    tensors ``[n, *shape of the carry]``."""
+
+    def __init__(self, n: int, step: Step, rows: int | None) -> None:
+        """rows: rows of one lane where lanes are folded into rows, None where they are a dimension of their own."""
+        self.n = n
+        self.step = step
+        self._rows = rows
+
+    def pack(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """[n, *shape] each -> what ``step`` takes."""
+        if self._rows is None:
+            return list(values)
+        return [value.reshape(-1, *value.shape[2:]) for value in values]
+
+    def unpack(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Inverse of ``pack``."""
+        if self._rows is None:
+            return list(values)
+        return [value.reshape(self.n, -1, *value.shape[1:]) for value in values]
+
+    def pack_each(self, values: Tensor) -> Tensor:
+        """[k, n, *shape] -> k packed ones, stacked."""
+        return values if self._rows is None else values.reshape(values.shape[0], -1, *values.shape[3:])
+
+
+class Chain:
+    """A body with its start and its inputs.
+
+    init: the first carries; shared: values every step sees; streams: [count, *shape] each, one slice a step.
+    """
+
+    def __init__(self, body: Body, init: Sequence[Tensor], shared: Sequence[Tensor], streams: Sequence[Tensor], count: int) -> None:
+        self.body = body
+        self.init = list(init)
+        self.shared = list(shared)
+        self.streams = list(streams)
+        self.count = count
+        dtype = next((c.dtype for c in self.init if c.is_floating_point()), body.dtype)
+        self._floating = None if dtype == body.dtype else dtype
+        self._runners: dict[tuple[int, ...], Runner] = {}
+
+    def runner(self, results: Sequence[int]) -> Runner:
+        """Some slots of the body as a function of one step's inputs."""
+        key = tuple(results)
+        if key not in self._runners:
+            self._runners[key] = Runner(self.body, key, self.shared, self._floating)
+        return self._runners[key]
+
+    @property
+    def step(self) -> Runner:
+        """The next carries."""
+        return self.runner(self.body.following)
+
+    def lanes(self, n: int, results: Sequence[int] | None = None) -> Lanes:
+        """``n`` lanes of the step, or of other results of the body."""
+        wanted = self.body.following if results is None else results
+        if self.body.rows:
+            return Lanes(n, self.runner(wanted), self.init[0].shape[0])
+        return Lanes(n, self._vectorised(n, wanted), None)
+
+    def _vectorised(self, n: int, results: Sequence[int]) -> Step:
+        single = self.runner(results)
+
+        def one(carries: list[Tensor], slices: list[Tensor]) -> list[Tensor]:
+            return single(carries, slices)
+
+        examples = [[c.new_zeros((n, *c.shape)) for c in self.init], [s.new_zeros((n, *s.shape[1:])) for s in self.streams]]
+        traced: Any = make_fx(torch.func.vmap(one))(*examples)
+        return lambda carries, slices: list(traced(list(carries), list(slices)))
+
+    def slices(self, start: int, stop: int) -> list[Tensor]:
+        """[stop - start, *shape] of every stream."""
+        return [stream[start:stop] for stream in self.streams]
+
+    def loop(self, carries: Sequence[Tensor], start: int, stop: int) -> list[list[Tensor]]:
+        """The states after steps start .. stop-1, one after the other: what every solver must agree with."""
+        step, state, found = self.step, list(carries), []
+        columns = [stream[start:stop].unbind(0) for stream in self.streams]
+        for k in range(stop - start):
+            state = step(state, [column[k] for column in columns])
+            found.append(state)
+        return found
+
+    def loop_emits(self) -> list[Tensor]:
+        """The last carries and what the steps give out, by the plain loop."""
+        run, state, given = self.runner((*self.body.following, *self.body.emits)), self.init, []
+        columns = [stream.unbind(0) for stream in self.streams]
+        for t in range(self.count):
+            found = run(state, [column[t] for column in columns])
+            state = found[: self.body.carries]
+            given.append(found[self.body.carries :])
+        last = [new.clone() if new is first else new for new, first in zip(state, self.init, strict=True)]
+        return last + [torch.stack([row[i] for row in given]) for i in range(len(self.body.emits))]
+
+    def emits(self, trajectory: Sequence[Tensor]) -> list[Tensor]:
+        """What the steps give out, [count, *shape] each, computed for all steps at once from the states.
+
+        trajectory: [count, *shape] of every carry, the state after each step.
+        """
+        body = self.body
+        free = [slot for slot in dict.fromkeys(body.emits) if slot not in body.following]
+        known = dict(zip(body.following, trajectory, strict=True))
+        if free:
+            before = [torch.cat([first[None], states[:-1]]) for first, states in zip(self.init, trajectory, strict=True)]
+            lanes = self.lanes(self.count, free)
+            found = lanes.step(lanes.pack(before), lanes.pack(self.streams))
+            known.update(zip(free, lanes.unpack(found), strict=True))
+        return [known[slot].clone() if slot < body.inputs else known[slot] for slot in body.emits]
