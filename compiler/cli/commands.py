@@ -19,17 +19,17 @@ from ...runtime.mesh import Mesh
 from ..capture import capture
 from ..capture.step import scalar_loss
 from ..demo.race import race
-from ..doors.hall import Compiled, Options, compile_program
+from ..doors.hall import Compiled, Options, compile_program, run_exactly
 from ..doors.module import session_of
 from ..doors.parallelize import parallelize
 from ..doors.threads import single_threaded
-from ..errors import InputError
+from ..errors import InputError, VerificationError
 from ..plan import tactics
 from ..plan.tactics import Tactic
 from ..report.rows import activation_groups, decision_row, parameter_groups
 from ..report.text import captured, decisions_table, every_decision, passes_table, plan_table
 from ..retrace import Retrace
-from ..verify.report import Verdict
+from ..verify.report import LevelResult, Outcome, Verdict
 from ..verify.standalone import verify as prove
 from .conclusion import conclude
 from .doctor import examine
@@ -78,9 +78,22 @@ def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.print(captured(compiled), passes_table(compiled))
     for record in compiled.records:
         console.print(record.verdict)
+    verdicts = {record.name: record.verdict for record in compiled.records}
+    if arguments.canary:
+        from ...runtime.engines.local import LocalEngine
+
+        with LocalEngine(compiled.lowered.mesh or Mesh.parse(arguments.mesh)) as engine:
+            _canary(verdicts, run_exactly(compiled, _options(arguments, level=arguments.level), engine), console)
     facts = _facts(compiled)
-    facts["verdicts"] = [{"pass": record.name, **json.loads(record.verdict.to_json())} for record in compiled.records]
-    return {**facts, **_concluded(console, arguments.level, {record.name: record.verdict for record in compiled.records})}
+    facts["verdicts"] = [{"pass": name, **json.loads(verdict.to_json())} for name, verdict in verdicts.items()]
+    return {**facts, **_concluded(console, arguments.level, verdicts)}
+
+
+def _canary(verdicts: dict[str, Verdict], found: LevelResult, console: Console) -> None:
+    """Print what the canary says, and let its failure be the last pass's."""
+    console.print(f"canary: {found.outcome}, {found.detail}")
+    last = next(reversed(verdicts))
+    verdicts[last] = verdicts[last].also(found)
 
 
 def _concluded(console: Console, level: str, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
@@ -112,6 +125,11 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     with parallelize(target.model, mesh, target.args, target.kwargs, **options) as parallel:
         session = session_of(parallel)
         console.print(captured(session.compiled), passes_table(session.compiled))
+        if arguments.canary:
+            found = run_exactly(session.compiled, session.options, session.engine)
+            console.print(f"canary: {found.outcome}, {found.detail}")
+            if found.outcome is Outcome.FAILED:
+                raise VerificationError(f"the engine does not run the proven program, so it does not train: {found.detail}")
         fusion = session.latest.fusion
         if fusion is not None:
             console.print(str(fusion))
@@ -163,7 +181,7 @@ def _compile(arguments: argparse.Namespace, *, level: str | None) -> Compiled:
     target = _target(arguments)
     train = not arguments.inference
     program = capture(target.model, target.args, target.kwargs, train=train)
-    options = Options(mesh=Mesh.parse(arguments.mesh), tactics=_tactics(arguments.tactic), level=level)
+    options = _options(arguments, level=level)
     return compile_program(program, options, retrace=Retrace(target.model, target.args, target.kwargs, train=train))
 
 
@@ -183,6 +201,10 @@ def _tactic(text: str) -> Tactic:
     if kind != "Zero":
         raise InputError(f"--tactic {text!r}: only Zero has stages, such as Zero(dp, 3)")
     return tactics.Zero(axis, stage=int(stage))
+
+
+def _options(arguments: argparse.Namespace, *, level: str | None) -> Options:
+    return Options(mesh=Mesh.parse(arguments.mesh), tactics=_tactics(arguments.tactic), level=level)
 
 
 def _any_loss(result: Any) -> torch.Tensor:

@@ -109,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         help="compare the target with this module, on the target's inputs, instead of with its own sharded program",
     )
 
+    for name in ("run", "verify"):
+        made[name].add_argument(
+            "--canary", action="store_true", help="first run one tiny step on the ranks in exact integers, compared bit for bit"
+        )
+
     commands.add_parser("doctor", parents=[common], help="what this machine has, and what will work on it")
     calibrate = commands.add_parser("calibrate", parents=[common], help="measure this machine for the cost model (about 15 s)")
     calibrate.add_argument(

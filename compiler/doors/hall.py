@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...passes.shard import Shard
+from ...runtime.engines.base import Engine
 from ...runtime.mesh import Mesh
 from ...runtime.program import RankProgram
 from ..contract import Context, Pass
@@ -23,7 +24,8 @@ from ..plan.tactics import RewriteTactic, Tactic, placing_tactics, rewrites_of
 from ..program import Program
 from ..retrace import Retrace, smaller_program
 from ..rules.table import RuleTable
-from ..verify.report import Status, Verdict
+from ..verify.canary import canary_level
+from ..verify.report import LevelResult, Status, Verdict
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,16 @@ def prove_again(compiled: Compiled, options: Options, level: str) -> Verdict:
     _, late = run_passes(compiled.program, (Shard(), *options.after), placed, level=level, retrace=compiled.smaller)
     verdicts = [record.verdict for record in (*early, *late)]
     return next((verdict for verdict in verdicts if verdict.status is not Status.EQUAL), verdicts[-1])
+
+
+def run_exactly(compiled: Compiled, options: Options, engine: Engine) -> LevelResult:
+    """The canary: one tiny step of the lowered program on the engine, in exact integers; at small sizes where there are some."""
+    lowered = compiled.lowered
+    small = compiled.smaller[0]() if compiled.smaller else None
+    if small is not None:
+        placed = Context(options.mesh, options.rules, options.cluster, compiled.plan)
+        lowered, _ = run_passes(small, (Shard(), *options.after), placed, level="off")
+    return canary_level(lowered, engine)
 
 
 def _smaller(program: Program, retrace: Retrace, mesh: Mesh) -> Smaller:

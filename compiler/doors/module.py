@@ -42,9 +42,13 @@ class ParallelModule(nn.Module):
         """What was captured, planned, rewritten and proven, as text; ``topic`` narrows it to names that contain it."""
         return session_of(self).explain(topic)
 
-    def verify(self, level: str = "full") -> Verdict:
-        """Prove the latest specialisation again, at ``level``, and return the verdict."""
-        return session_of(self).verify(level)
+    def verify(self, level: str = "full", *, canary: bool = False) -> Verdict:
+        """Prove the latest specialisation again, at ``level``, and return the verdict.
+
+        canary: also run one tiny step on the ranks in exact integers, which shows that the engine runs the proven program: its
+        order, buffers and transport.
+        """
+        return session_of(self).verify(level, canary=canary)
 
     def close(self) -> None:
         """End the ranks. Parameters and buffers stay valid; the module cannot be called afterwards."""

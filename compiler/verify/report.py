@@ -76,6 +76,13 @@ class Verdict:
         """Whether some level found a fault."""
         return self.status in (Status.DIFFERENT, Status.ILL_TYPED)
 
+    def also(self, level: LevelResult) -> Verdict:
+        """With one more level's answer; what it could not look at is a warning."""
+        together = combine((*self.levels, level))
+        if level.outcome in (Outcome.SKIPPED, Outcome.UNSUPPORTED):
+            return dataclasses.replace(together, warnings=(*together.warnings, f"{level.level} was not run: {level.detail}"))
+        return together
+
     def __str__(self) -> str:
         shown = "; ".join(f"{level.level}: {level.outcome}, {level.detail}" for level in self.levels) or "no level was asked"
         first = f"; first divergence: {self.divergence}" if self.divergence else ""

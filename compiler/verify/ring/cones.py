@@ -33,14 +33,14 @@ _CLEAN, _ZERO, _INFINITE = range(3)
 _ENDS_INFINITY = {getattr(aten, name) for name in ("exp", "exp2", "_softmax", "_safe_softmax", "sigmoid")}
 """-inf becomes 0."""
 
-_POLYNOMIAL_NAMES = """
+_NAMES = """
 add sub rsub mul neg sum mean cumsum mm bmm addmm baddbmm mv dot convolution view _unsafe_view reshape permute
 transpose t unsqueeze squeeze expand slice select narrow cat stack split split_with_sizes unbind clone detach
 alias contiguous _to_copy constant_pad_nd flip roll repeat tril triu slice_backward select_backward embedding
 gather index index_select where masked_fill copy slice_scatter select_scatter index_add scatter_add square
 zeros zeros_like full full_like new_zeros new_full ones ones_like arange
 """
-_POLYNOMIAL = {getattr(aten, name) for name in _POLYNOMIAL_NAMES.split()}
+POLYNOMIAL = {getattr(aten, name) for name in _NAMES.split()}
 """Ops that mean the same at 0 as anywhere."""
 
 
@@ -118,7 +118,7 @@ class Cutter:
 
     def _is_polynomial(self, number: int) -> bool:
         call = self.table.calls[number]
-        return call.target is None or getattr(call.target, "overloadpacket", None) in _POLYNOMIAL
+        return call.target is None or getattr(call.target, "overloadpacket", None) in POLYNOMIAL
 
     def _mark(self) -> None:
         """Of every value: whether an input enters it, and whether it may be -inf or exactly 0 by a mask."""
