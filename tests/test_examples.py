@@ -17,6 +17,7 @@ PRINTS = {
     "checkpoint": ("plain model after loading differs by", "parallel model after loading differs by"),
     "compile_backend": ("0.weight", "2.bias", "gradient differs by"),
     "constraints": ("S(0) on", "PlanError: param:0.weight on axis dp: constraint"),
+    "decode": ("the same tokens: True", "tokens a sweep, the same: True"),
     "decorator": ("loss",),
     "own_pass": ("split-silu: ", "applied | silu written as a product | own_pass.py:", "refused: the result of pass split-silu"),
     "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),

@@ -28,6 +28,10 @@ class Choice(Protocol):
         """logits: float32 ``[rows, n, vocabulary]``."""
         ...
 
+    def noise(self, row: int, first: int, count: int, vocabulary: int) -> Tensor | None:
+        """What is added to the logits of some positions of a row, ``[count, vocabulary]``; None where nothing is."""
+        ...
+
 
 @dataclass(frozen=True)
 class Greedy:
@@ -35,31 +39,36 @@ class Greedy:
 
     def __call__(self, logits: Tensor, rows: list[int], start: list[int]) -> Chosen:  # noqa: ARG002 (no random numbers)
         """See Choice."""
-        return _best(logits, 1.0)
+        return _best(logits)
+
+    def noise(self, row: int, first: int, count: int, vocabulary: int) -> Tensor | None:  # noqa: ARG002 (none)
+        """None."""
+        return None
 
 
 @dataclass
 class Sampled:
-    """argmax(logits / temperature + g) with g standard Gumbel, which is a draw from softmax(logits / temperature).
+    """argmax(logits + temperature * g) with g standard Gumbel, which is a draw from softmax(logits / temperature).
 
-    noise: g itself, ``[rows, positions, vocabulary]``; or None, and then g of a position comes from a generator seeded by seed, row
-    and position, so that no order of evaluation changes it.
+    standard: g itself, ``[rows, positions, vocabulary]``; or None, and then g of a position comes from a generator seeded by seed,
+    row and position, so that no order of evaluation changes it.
     """
 
     temperature: float
     seed: int = 0
-    noise: Tensor | None = None
+    standard: Tensor | None = None
     _drawn: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, logits: Tensor, rows: list[int], start: list[int]) -> Chosen:
         """See Choice."""
         count, vocabulary = logits.shape[1:]
-        gumbel = torch.stack([self._noise(row, first, count, vocabulary) for row, first in zip(rows, start, strict=True)])
-        return _best(logits / self.temperature + gumbel.to(logits.device), self.temperature)
+        noise = torch.stack([self.noise(row, first, count, vocabulary) for row, first in zip(rows, start, strict=True)])
+        return _best(logits + noise.to(logits.device))
 
-    def _noise(self, row: int, first: int, count: int, vocabulary: int) -> Tensor:
-        if self.noise is not None:
-            return self.noise[row, first : first + count].float()
+    def noise(self, row: int, first: int, count: int, vocabulary: int) -> Tensor:
+        """Gumbel noise in units of the logits: temperature times standard."""
+        if self.standard is not None:
+            return self.standard[row, first : first + count].float() * self.temperature
         for position in [p for r, p in self._drawn if r == row and p < first]:
             del self._drawn[row, position]
         return torch.stack([self._draw(row, position, vocabulary) for position in range(first, first + count)])
@@ -68,7 +77,7 @@ class Sampled:
         if (row, position) not in self._drawn:
             generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + row) * 1_000_003 + position) % 2**63)
             exponential = torch.empty(vocabulary).exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
-            self._drawn[row, position] = -exponential.log()
+            self._drawn[row, position] = -exponential.log() * self.temperature
         return self._drawn[row, position]
 
 
@@ -88,6 +97,6 @@ def choice_for(temperature: float, seed: int, noise: Tensor | None, shape: tuple
     return Sampled(temperature, seed, noise)
 
 
-def _best(scores: Tensor, scale: float) -> Chosen:
+def _best(scores: Tensor) -> Chosen:
     best, index = scores.topk(2, dim=-1)
-    return Chosen(index[..., 0], (best[..., 0] - best[..., 1]) * scale)
+    return Chosen(index[..., 0], best[..., 0] - best[..., 1])

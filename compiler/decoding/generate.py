@@ -22,12 +22,11 @@ from ..errors import InputError
 from .choice import Choice, Chosen, choice_for
 from .drafts import Draft, new_draft
 from .lm import CachedLM
+from .probe import probed
 from .report import DecodeReport
 from .window import Window, window_for
 
 CAUTION = 16.0  # a margin below so many times the measured rounding is a near tie
-PROBE = 9  # tokens on which a window is compared with one token at a time
-TOLERANCE = 2048  # units of the dtype's rounding, relative to the logits, and at most a tenth of them: more is another function
 
 
 class Generated(NamedTuple):
@@ -64,7 +63,7 @@ def generate(
     max_new_tokens: int = 256,
     *,
     window: int | str = "auto",
-    draft: str | Draft = "ngram",
+    draft: str | Draft = "past",
     temperature: float = 0.0,
     seed: int = 0,
     noise: Tensor | None = None,
@@ -75,10 +74,10 @@ def generate(
 
     lm: takes ``input_ids, attention_mask, position_ids, past_key_values, use_cache`` and returns ``.logits``, as the causal models
     of ``transformers`` do; in eval mode. prompt: int64 ``[tokens]`` or ``[rows, tokens]``. window: tokens evaluated at once, 1 for
-    ordinary decoding, ``"auto"`` to choose by what pays. draft: ``"ngram"`` (what followed the same four tokens before),
-    ``"repeat"`` (plain Jacobi) or a callable ``(context, trajectory, count) -> tokens``. temperature: 0 is greedy; otherwise tokens
-    are drawn with Gumbel noise, from ``seed``, or given as ``noise`` ``[rows, max_new_tokens, vocabulary]``. stop: token or tokens
-    after which a row ends. progress: draw a bar.
+    ordinary decoding, ``"auto"`` to choose by what pays. draft: ``"past"`` (what followed the same four tokens before),
+    ``"repeat"`` (plain Jacobi), an ``NGramDraft`` of a corpus, or a callable ``(context, trajectory, count, noise) -> tokens``.
+    temperature: 0 is greedy; otherwise tokens are drawn with Gumbel noise, from ``seed``, or given as ``noise`` ``[rows,
+    max_new_tokens, vocabulary]``. stop: token or tokens after which a row ends. progress: draw a bar.
 
     Returns ``(ids, report)``. The tokens are those of one-token decoding with the same noise, for every window and draft. Raises
     InputError for a model or arguments that this cannot hold for.
@@ -88,14 +87,17 @@ def generate(
     choose = choice_for(temperature, seed, noise, (len(rows), max_new_tokens))
     limit = rows.shape[1] + max_new_tokens
     start = time.perf_counter()
-    report = DecodeReport(rounding=_rounding(lm, rows))
+    probe = probed(lm, rows)
+    report = DecodeReport(rounding=probe.rounding)
     decoder = CachedLM(lm, len(rows), limit)
     if rows.shape[1] > 1:
         decoder.logits(rows[:, :-1].to(decoder.device), keep=1)
         decoder.cache.commit([rows.shape[1] - 1] * len(rows))
     report.prompt_seconds = time.perf_counter() - start
     sequences = [Sequence(i, tokens, limit, new_draft(draft)) for i, tokens in enumerate(rows.tolist())]
-    loop = _Loop(decoder, choose, size, report, frozenset([stop] if isinstance(stop, int) else stop), rows.shape[1])
+    loop = _Loop(
+        decoder, choose, size, report, frozenset([stop] if isinstance(stop, int) else stop), rows.shape[1], probe.vocabulary
+    )
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("decoding", total=len(rows) * max_new_tokens)
         alive = sequences
@@ -118,6 +120,7 @@ class _Loop:
     report: DecodeReport
     stops: frozenset[int]
     prompt: int
+    vocabulary: int
 
     def sweep(self, sequences: list[Sequence]) -> None:
         """Evaluate a window of every sequence and settle what is right of it."""
@@ -126,7 +129,7 @@ class _Loop:
         left = max(s.end - len(s.tokens) for s in sequences)
         wanted = 1 if is_single else self.window.next_size()
         count = min(wanted, left)
-        guesses = [s.draft(s.tokens, s.trajectory, count - 1) if count > 1 else [] for s in sequences]
+        guesses = [self._guess(s, count - 1) if count > 1 else [] for s in sequences]
         fed = [[s.tokens[-1], *guess] for s, guess in zip(sequences, guesses, strict=True)]
         logits = self.decoder.logits(torch.tensor(fed, device=self.decoder.device))
         chosen = self.choose(logits, [s.row for s in sequences], [len(s.tokens) - self.prompt for s in sequences])
@@ -137,6 +140,10 @@ class _Loop:
         self.report.windows[count] += 1
         if not is_single and count == wanted:
             self.window.observe(count, right, time.perf_counter() - start)
+
+    def _guess(self, s: Sequence, count: int) -> list[int]:
+        noise = self.choose.noise(s.row, len(s.tokens) - self.prompt, count, self.vocabulary)
+        return s.draft(s.tokens, s.trajectory, count, noise)
 
     def _settle(
         self, sequences: list[Sequence], guesses: list[list[int]], chosen: Chosen, count: int
@@ -170,27 +177,6 @@ class _Loop:
         if going and len(going) < len(sequences):
             self.decoder.cache.keep_rows(going)
         return [sequences[i] for i in going]
-
-
-def _rounding(lm: nn.Module, rows: Tensor) -> float:
-    """Largest difference of the logits between a window and one token at a time. Raises InputError for two functions."""
-    tokens = rows[:1].repeat(1, -(-PROBE // rows.shape[1]))[:, :PROBE]
-    windowed, stepped = CachedLM(lm, 1, PROBE), CachedLM(lm, 1, PROBE)
-    tokens = tokens.to(windowed.device)
-    at_once = windowed.logits(tokens)
-    steps = []
-    for position in range(PROBE):
-        steps.append(stepped.logits(tokens[:, position : position + 1]))
-        stepped.cache.commit([1])
-    one_by_one = torch.cat(steps, dim=1)
-    plain: Tensor = lm(input_ids=tokens).logits.float()
-    allowed = min(0.1, TOLERANCE * torch.finfo(windowed.dtype).eps) * float(plain.abs().max())
-    if not (one_by_one - plain).abs().max() <= allowed or not (at_once - plain).abs().max() <= allowed:
-        raise InputError(
-            f"{type(lm).__name__} gives other logits with a cache and masks per row than without: it does not follow transformers' "
-            "conventions for position_ids, 4-dimensional attention masks or past_key_values, so it can't be decoded by windows"
-        )
-    return float((at_once - one_by_one).abs().max())
 
 
 def _rows(prompt: object, new: int) -> Tensor:

@@ -16,9 +16,9 @@ def text_bytes() -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
-def batches(batch: int, length: int, *, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (tokens, targets), each int64 of shape (batch, length): random windows, targets shifted by one byte."""
-    data = text_bytes()
+def batches(batch: int, length: int, *, seed: int = 0, text: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (tokens, targets), each int64 of shape (batch, length): random windows of the text, targets shifted by one byte."""
+    data = text_bytes() if text is None else text
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(data) - length - 1, (batch,), generator=generator)

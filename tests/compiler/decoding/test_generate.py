@@ -1,6 +1,7 @@
 """Decoding by windows gives the tokens of one-token decoding, for every model, window, draft and noise; and says when it can't."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import hocket
+from hocket.compiler.decoding.drafts import NGramDraft
 from hocket.errors import InputError
 
 SIZES: dict[str, Any] = {
@@ -90,15 +92,17 @@ def test_the_tokens_are_those_of_the_models_own_generate(name: str) -> None:
     new=st.integers(1, 20),
     temperature=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 2**31),
-    draft=st.sampled_from(["ngram", "repeat", "wrong", "stubborn"]),
+    draft=st.sampled_from(["past", "repeat", "wrong", "corpus"]),
 )
 def test_no_window_draft_or_batch_changes_a_token(
     window: int, rows: int, tokens: int, new: int, temperature: float, seed: int, draft: str
 ) -> None:
     lm, prompt = model("llama"), prompts(rows, tokens, seed % 100)
-    guesses: Any = {"wrong": lambda context, _, count: [(context[-1] + 1) % 40] * count, "stubborn": lambda *_: [3] * _[2]}.get(
-        draft, draft
-    )
+    own: dict[str, Any] = {
+        "wrong": lambda context, _, count, __: [(context[-1] + 1) % 40] * count,
+        "corpus": NGramDraft(prompts(1, 400)[0]),
+    }
+    guesses = own.get(draft, draft)
     found, report = hocket.generate(lm, prompt, new, window=window, draft=guesses, temperature=temperature, seed=seed)
     for row in range(rows):
         given_noise = _gumbel(seed, row, new) if temperature else None
@@ -132,6 +136,39 @@ def test_repetition_is_settled_many_tokens_at_a_time() -> None:
     _, single = hocket.generate(lm, prompt, 40, window=1)
     assert single.sweeps == 40
     assert report.accepted > 2 * single.accepted
+
+
+class Bigrams(nn.Module):
+    """A language model whose next token depends on the last one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(3 * torch.randn(40, 40, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_that_knows_the_distribution_is_mostly_right(temperature: float) -> None:
+    """Drawing the guess with the model's own noise couples the two draws: the reason for sampled decoding to gain at all."""
+    lm = Bigrams().eval()
+    seen, _ = hocket.generate(lm, prompts(1)[0], 3000, window=1, temperature=1.0)
+    _, plain = hocket.generate(lm, prompts(8), 40, window=8, draft="repeat", temperature=temperature, seed=9)
+    _, coupled = hocket.generate(lm, prompts(8), 40, window=8, draft=NGramDraft(seen, 2), temperature=temperature, seed=9)
+    assert coupled.accepted > 1.5 * plain.accepted
+    assert coupled.accepted > 4
+
+
+def test_ngrams_back_off_to_shorter_contexts() -> None:
+    draft = NGramDraft(torch.tensor([1, 2, 3, 1, 2, 3, 1, 2, 4]), order=3)
+    assert draft([1, 2], [], 3, None) == [3, 1, 2]
+    assert draft([9, 3], [], 1, None) == [1], "an unknown context of two, a known one of one"
+    loud = torch.zeros(1, 6)
+    loud[0, 4] = 9.0
+    assert draft([1, 2], [], 1, loud) == [4], "noise decides among what occurred"
+    with pytest.raises(InputError, match="corpus of tokens"):
+        NGramDraft(torch.rand(9))
 
 
 def test_a_row_ends_at_its_stop_token_and_is_filled_up_with_it() -> None:
