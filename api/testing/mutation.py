@@ -92,12 +92,26 @@ def is_live(original: Program, changed: Program, *, seeds: int, tolerance: float
             found = run_ranks(changed, inputs, dtype=torch.float64, check_replicas=False).outputs
         except (HocketError, RuntimeError):
             return None
-        if _differs(expected, found, tolerance):
+        if _differs(expected, found, tolerance) or _replicas_differ(changed, inputs, tolerance):
             return True
-        try:
-            run_ranks(changed, inputs, dtype=torch.float64)
-        except HocketError:
-            return True
+    return False
+
+
+def _replicas_differ(program: Program, inputs: Mapping[Role, torch.Tensor], tolerance: float) -> bool:
+    """Whether ranks that are to hold the same result do not, by more than rounding: what is zero but for rounding may be scaled."""
+    mesh = program.mesh
+    if mesh is None:
+        return False
+    values = run_ranks(program, inputs, dtype=torch.float64, record=True, check_replicas=False).values
+    for node in program.results:
+        layout = (note(node).layouts or (None,))[0] if node is not None else None
+        if node is None or layout is None:
+            continue
+        held = values[node.name]
+        for axis, placement in zip(mesh.names, layout, strict=True):
+            for group in mesh.groups(axis) if isinstance(placement, Replicate) else ():
+                if any(not output_error(held[group[0]], held[rank])[0] <= tolerance for rank in group[1:]):
+                    return True
     return False
 
 
@@ -281,7 +295,8 @@ def change_layout(program: Program, choose: random.Random) -> str:
     if layout is None:
         return ""
     axis = choose.randrange(len(layout))
-    placement = choose.choice([p for p in (Replicate(), Partial("sum"), Partial("avg")) if p != layout[axis]])
+    others = [Replicate(), Partial("sum"), *([Partial("avg")] if _is_float(node) else [])]  # integers have no exact average
+    placement = choose.choice([p for p in others if p != layout[axis]])
     if isinstance(placement, Partial) and node.op == "placeholder":
         return ""
     annotate(node, layouts=((*layout[:axis], placement, *layout[axis + 1 :]),))

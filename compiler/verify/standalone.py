@@ -5,6 +5,7 @@
     a GraphModule of ATen ops                as it is, inputs and outputs in the order of the other side's
     a list of them, one a rank               with functional collectives, on a mesh, with layouts of what enters and leaves
     a module whose parameters are DTensors   traced for every rank by torch's own dispatcher
+    a module in DistributedDataParallel      traced for every rank, with torch's own averaging of gradients
 
 Only what the levels have shown is called equal: an op without exact meaning, or sizes at which nothing can be executed, end in
 ``unsupported`` or ``not-checked``, and say why.
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch.fx as fx
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ...runtime.mesh import Mesh
 from ..contract import Approx, Contract, Equal
@@ -28,8 +30,10 @@ from .dtensor import dtensor_program, is_dtensor_module
 from .foreign import Layouts, has_collectives, is_aten_graph, own_ports, ports_of, program_of
 from .levels import RING_COST, Level, Question, ask, is_affordable, policy, types_level
 from .ranks import RankGraphs
+from .replicas import is_replicated_module, replicas_program
 from .report import LevelResult, Outcome, Status, Verdict, combine
 from .ring.compare import compare
+from .ring.relations import explain
 from .ring.verdict import Status as RingStatus
 from .shrink import skeleton_difference
 
@@ -69,20 +73,33 @@ def verify(
     if mismatch:
         return combine((LevelResult("signature", Outcome.FAILED, mismatch, failure=Status.DIFFERENT),))
     if isinstance(after, RankGraphs):
-        return _strict(ask(question, (_apart,)), name, question)
+        return _explained(_strict(ask(question, (_apart,)), name, question), question)
     if not is_affordable(before, after, RING_COST):
         question = dataclasses.replace(question, small=sides.smaller(original, transformed, question))
     verdict = ask(question, levels)
     if verdict.status is Status.ILL_TYPED:
         verdict = _untyped(verdict, question, levels)
-    return _strict(verdict, name, question)
+    return _explained(_strict(verdict, name, question), question)
+
+
+def _explained(verdict: Verdict, question: Question) -> Verdict:
+    """A difference without a place gets one from the values themselves: programs of others say nothing of where they come from."""
+    if verdict.status is not Status.DIFFERENT or verdict.divergence or isinstance(question.contract, Approx):
+        return verdict
+    return dataclasses.replace(verdict, divergence=explain(*question.executed))
 
 
 def _untyped(verdict: Verdict, question: Question, levels: tuple[Level, ...]) -> Verdict:
     """The types judge op by op. What others write may be wrong in one op and put right by the next: all ranks are executed too."""
     again = ask(question, tuple(level for level in levels if level is not types_level))
     if again.status is not Status.EQUAL:
-        return verdict
+        place = _explained(again, question).divergence
+        levels_asked = (*verdict.levels, *again.levels)
+        text = "; ".join(part for part in (place, verdict.divergence) if part)
+        status = again.status if again.status is Status.DIFFERENT else verdict.status
+        return dataclasses.replace(
+            verdict, status=status, levels=levels_asked, divergence=text, seconds=verdict.seconds + again.seconds
+        )
     warning = f"the types of the values cannot be followed, so this holds for these ranks only: {verdict.divergence}"
     return dataclasses.replace(again, warnings=(*again.warnings, warning))
 
@@ -112,8 +129,9 @@ class _Sides:
             if len(graphs) > 1 or has_collectives(graphs[0]):
                 raise InputError("the original must be a program of one rank; found a graph with collectives, or several graphs")
             return program_of(graphs, own_ports(graphs[0], self.args))
-        if is_dtensor_module(side):
-            raise InputError("the original must be an ordinary module; found one whose parameters are DTensors: swap the two sides")
+        if is_dtensor_module(side) or is_replicated_module(side):
+            kind = "whose parameters are DTensors" if is_dtensor_module(side) else "wrapped in DistributedDataParallel"
+            raise InputError(f"the original must be an ordinary module; found one {kind}: swap the two sides")
         from ..capture import capture
 
         if not callable(side):
@@ -121,6 +139,10 @@ class _Sides:
         return capture(side, self.args, self.kwargs, train=self.train)
 
     def _against(self, side: Side, before: Program) -> Program:
+        if isinstance(side, DistributedDataParallel):
+            if self.mesh is not None:
+                raise InputError("a module wrapped in DistributedDataParallel brings its own ranks; leave mesh= out")
+            return replicas_program(side, before, (self.args, self.kwargs), self.layouts)
         if isinstance(side, Program) or not (_is_graph(side) or is_dtensor_module(side)):
             return self._whole(side)
         if is_dtensor_module(side):
@@ -135,7 +157,10 @@ class _Sides:
 
     def smaller(self, original: Side, transformed: Side, question: Question) -> tuple[Program, Program] | None:
         """Both sides captured at small sizes with the same skeletons; None where that is impossible."""
-        if any(isinstance(s, Program) or _is_graph(s) or is_dtensor_module(s) for s in (original, transformed)):
+        if any(
+            isinstance(s, Program) or _is_graph(s) or is_dtensor_module(s) or is_replicated_module(s)
+            for s in (original, transformed)
+        ):
             return None
         from ..retrace import Retrace, smaller_program
 

@@ -30,6 +30,9 @@ _KERNEL_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, AttributeErro
 Watch = Callable[[fx.Node, list[Value]], None]
 """Called with every node and its value on each rank."""
 
+WatchRank = Callable[[int, fx.Node, Value], None]
+"""Called with a rank, a node of its own graph, and the value, where every rank runs a graph of its own."""
+
 
 def interpret(
     graph: fx.GraphModule, inputs: Sequence[Value], algebra: Algebra, *, watch: Callable[[fx.Node, Value], None] | None = None
@@ -51,6 +54,7 @@ def interpret_ranks(
     *,
     watch: Watch | None = None,
     extensions: Mapping[Any, Extension] | None = None,
+    watch_rank: WatchRank | None = None,
 ) -> list[list[Value]]:
     """Outputs per rank.
 
@@ -60,7 +64,7 @@ def interpret_ranks(
     """
     if len(inputs) != mesh.size or len(graphs) not in (1, mesh.size):
         raise InputError(f"mesh {mesh} has {mesh.size} ranks; found {len(graphs)} graphs and inputs for {len(inputs)} ranks")
-    run = _Lockstep(mesh, algebra, watch, extensions or {})
+    run = _Lockstep(mesh, algebra, watch, extensions or {}, watch_rank)
     if len(graphs) == 1 or all(graph is graphs[0] for graph in graphs):
         return run.shared(graphs[0].graph, inputs)
     return run.separate([graph.graph for graph in graphs], inputs)
@@ -72,6 +76,7 @@ class _Lockstep:
     algebra: Algebra
     watch: Watch | None
     extensions: Mapping[Any, Extension]
+    watch_rank: WatchRank | None = None
     size: int = field(init=False)
     positions: list[dict[str, int]] = field(init=False)
 
@@ -155,6 +160,8 @@ class _Lockstep:
             for walker, node, result in zip(walkers, nodes, self._meet(nodes, arguments), strict=True):
                 walker.values[node] = result
                 walker.position += 1
+            for rank, (walker, node) in enumerate(zip(walkers, nodes, strict=True)):
+                self._seen(rank, node, walker)
 
     def _advance(self, walker: _Walker, rank: int) -> fx.Node | None:
         while walker.position < len(walker.nodes):
@@ -170,10 +177,23 @@ class _Lockstep:
             elif node.target is coordinate:
                 walker.values[node] = self.positions[rank][node.args[0]]  # type: ignore[index]
             else:
-                args, kwargs = walker.arguments(node)
-                walker.values[node] = apply(self.algebra, node.target, args, kwargs)
+                walker.values[node] = self._alone(walker, node, rank)
             walker.position += 1
+            self._seen(rank, node, walker)
         return None
+
+    def _seen(self, rank: int, node: fx.Node, walker: _Walker) -> None:
+        if self.watch_rank is not None and node in walker.values:
+            self.watch_rank(rank, node, walker.values[node])
+
+    def _alone(self, walker: _Walker, node: fx.Node, rank: int) -> Value:
+        try:
+            args, kwargs = walker.arguments(node)
+            return apply(self.algebra, node.target, args, kwargs)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error} [{_where(node)}]") from error
+        except _KERNEL_ERRORS as error:
+            raise VerificationError(f"the program of rank {rank} cannot be executed: {error} [{_where(node)}]") from error
 
 
 @dataclass

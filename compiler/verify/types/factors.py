@@ -58,11 +58,12 @@ def regroup(op: Op, value: Type, sizes: list[Integer]) -> tuple[Dim, ...]:
     for length in local:
         total = total * length
     wanted = _complete(sizes, total)
-    if wanted and same_integer_shape(wanted, local):
+    hints = op.hinted_dims()
+    moves = any(hints.get(axis, place) != place for axis, place in value.cut_axes().items())
+    if wanted and not moves and same_integer_shape(wanted, local):
         return value.dims
     queue = [atom for dim in value.dims for atom in atoms_of(op, dim)]
     queue.reverse()
-    hints = op.hinted_dims()
     dims = [_take(op, queue, position, size, len(wanted) - 1 - position, hints) for position, size in enumerate(wanted)]
     if any(atom.size != 1 for atom in queue):
         raise IllTyped(

@@ -164,8 +164,18 @@ def nll_loss_backward(op: Op, gradient: Type, value: Type, target: Type, weight:
     return Type(value.dims, linear(op, gradient).partial)
 
 
+def _heads_pair(op: Op, query: Dim, key: Dim) -> bool:
+    """Equal heads, or consecutive query heads that share a key head, with the sharing ones on one rank."""
+    if query == key:
+        return True
+    if query.size % max(key.size, 1) or not (op.axes.is_even(query) and op.axes.is_even(key)):
+        return False
+    plain = [op.axes.prefix(dim.size, [cut.axis for cut in dim.cuts]) for dim in (query, key)]
+    return plain == [query, key] and [c.axis for c in query.cuts] == [c.axis for c in key.cuts]
+
+
 def _attention_dims(op: Op, query: Type, key: Type, value: Type, *, causal: bool) -> None:
-    if query.dims[:2] != key.dims[:2] or key.dims[:3] != value.dims[:3]:
+    if query.dims[0] != key.dims[0] or not _heads_pair(op, query.dims[1], key.dims[1]) or key.dims[:3] != value.dims[:3]:
         shown = [op.axes.describe(operand) for operand in (query, key, value)]
         raise IllTyped("attention pairs queries {} with keys {} and values {}".format(*shown), 0, 1)
     for operand in (query, key, value):
