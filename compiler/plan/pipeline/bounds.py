@@ -4,8 +4,8 @@ For a rank: nothing starts before the first value has come down the pipeline, th
 
     T >= head + sum of all its work
 
-and when its last I of stage s is done, all its forwards and the I of its stages from s on are done, and the gradient still has to go
-back to stage 0:
+and when its last I of stage s is done, all its forwards and the I of its stages from s on are done, and the gradient still has to
+go back to stage 0:
 
     T >= head + forwards + I of stages >= s + I of stages s-1 .. 0 + W of stage 0
 
@@ -25,11 +25,11 @@ def lower_bound(found: Arrays) -> float:
     for rank in range(problem.ranks):
         mine = [stage for stage, holder in enumerate(problem.placement) if holder == rank]
         head = min(heads[stage] for stage in mine)
-        work = sum(found.seconds[n] for n, holder in enumerate(found.rank) if holder == rank)
+        work = sum(found.seconds[n] + found.early[n] for n, holder in enumerate(found.rank) if holder == rank)
         best = max(best, head + work)
         forwards = sum(found.seconds[n] for stage in mine for n in found.forward[stage])
         for stage in mine:
-            inputs = sum(found.seconds[n] for later in mine if later >= stage for n in found.backward[later])
+            inputs = sum(found.seconds[n] + found.early[n] for later in mine if later >= stage for n in found.backward[later])
             back = min(_way_back(found, stage, m) for m in range(problem.micro_batches))
             best = max(best, head + forwards + inputs + back)
     return best

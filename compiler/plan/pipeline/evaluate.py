@@ -11,7 +11,7 @@ Rows = list[list[int]]
 
 
 class Evaluation:
-    """Start and end of every operation; ``seconds`` is infinite where the order deadlocks."""
+    """Start (once its value is there) and end of every operation; ``seconds`` is infinite where the order deadlocks."""
 
     def __init__(self, start: list[float], end: list[float], seconds: float) -> None:
         self.start = start
@@ -22,6 +22,7 @@ class Evaluation:
 def evaluate(found: Arrays, order: Sequence[Sequence[int]]) -> Evaluation:
     """Run an order: every operation as soon as its rank and its value are there."""
     source, lag, cost = found.source, found.lag, found.seconds
+    early = found.early
     start, end = [0.0] * len(cost), [-1.0] * len(cost)
     clock = [0.0] * len(order)
     pointer = [0] * len(order)
@@ -34,9 +35,12 @@ def evaluate(found: Arrays, order: Sequence[Sequence[int]]) -> Evaluation:
         while at < len(row):
             number = row[at]
             before = source[number]
+            began = now
+            now += early[number]
             if before >= 0:
                 arrival = end[before]
                 if arrival < 0.0:
+                    now = began
                     parked[before] = rank
                     break
                 arrival += lag[number]

@@ -66,8 +66,9 @@ class Problem:
 class Arrays:
     """The problem, one entry per operation.
 
-    rank, seconds (moving its data included), source (-1: none), lag (from the source's end to its value's arrival); rise: bytes at
-    its start, fall: change at its end. forward[s][m], backward[s][m], weights[s]: numbers of the operations, W in the order
+    rank, seconds (moving its data included), early (seconds before that which need no value: a recomputation), source (-1: none),
+    lag (from the source's end to its value's arrival); rise: bytes at its start, fall: change at its end. forward[s][m],
+    backward[s][m], weights[s]: numbers of the operations, W in the order
     (m, piece). tail: seconds from an operation's start to the end along the longest chain.
     """
 
@@ -75,6 +76,7 @@ class Arrays:
     operations: list[Operation]
     rank: list[int]
     seconds: list[float]
+    early: list[float]
     source: list[int]
     lag: list[float]
     rise: list[float]
@@ -114,7 +116,7 @@ class Arrays:
 def arrays(problem: Problem) -> Arrays:
     """Number the operations of a problem. InputError when a rank's limit cannot hold one micro-batch."""
     stages, count = len(problem.placement), problem.micro_batches
-    found = Arrays(problem, [], [], [], [], [], [], [], [], [], [])
+    found = Arrays(problem, [], [], [], [], [], [], [], [], [], [], [])
     for stage in range(stages):
         found.forward.append([_add(found, Operation(Op.F, stage, m)) for m in range(count)])
     for stage in range(stages):
@@ -141,13 +143,14 @@ def _add(found: Arrays, operation: Operation) -> int:
     plain = costs.seconds(operation.op, operation.piece)
     seconds = plain * size + fixed if plain else 0.0
     change = costs.change(operation.op, operation.piece, recomputed=again) * size
-    rise = 0.0
+    rise = early = 0.0
     if operation.op is Op.I and again:
-        seconds += costs.seconds(Op.R) * size + fixed
+        early = costs.seconds(Op.R) * size + fixed
         rise = (costs.activation - costs.stash) * size
     found.operations.append(operation)
     found.rank.append(problem.placement[operation.stage])
     found.seconds.append(seconds)
+    found.early.append(early)
     found.source.append(-1)
     found.lag.append(0.0)
     found.rise.append(rise + max(change, 0.0))
@@ -191,7 +194,8 @@ def _add_tails(found: Arrays) -> None:
             tails[i] = found.seconds[i] + max((tails[r] + found.lag[r] for r in readers[i]), default=0.0)
         for stage in reversed(stages):
             f = found.forward[stage][m]
-            after = [tails[found.backward[stage][m]]] + [tails[r] + found.lag[r] for r in readers[f]]
+            i = found.backward[stage][m]
+            after = [tails[i] + found.early[i]] + [tails[r] + found.lag[r] for r in readers[f]]
             tails[f] = found.seconds[f] + max(after)
     found.tail.extend(tails)
 

@@ -1,0 +1,262 @@
+"""One stage of a pipeline on its rank: its parts as callables, the tensors it holds, and one dictionary of values per micro-batch.
+
+    F, I, W         read held tensors and the micro-batch's values, and add to its values
+    gradients       are added to one accumulator per parameter, in the order in which the schedule runs the parts that make them
+    weights         are inputs of the parts: a kept version is a dictionary of references, no copy of anything
+    products        a weight gradient that is a product a @ b may be given as its two factors: it is then added by one call of
+                    ``addmm_``, which is the sum of the product without a buffer for it
+
+The parts' ports are named by role, as ``compiler.stages`` describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..errors import InputError, RunError
+
+HELD = frozenset(("param", "buffer", "state", "constant"))
+"""Kinds of ports that read tensors the stage holds."""
+
+Run = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor | None]]
+
+
+class Port(NamedTuple):
+    """An input or output of a part: what it is, and its name."""
+
+    kind: str
+    name: str
+
+
+class ValueSpec(NamedTuple):
+    """A tensor in a message. stride: as the maker has it, since kernels choose by strides and the reader must compute the same."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @property
+    def dims(self) -> list[int]:
+        """The dimensions from the slowest to the fastest in memory: permuted so, a dense tensor is contiguous."""
+        return sorted(range(len(self.shape)), key=lambda dim: (-self.stride[dim], -self.shape[dim], dim))
+
+    def new(self) -> torch.Tensor:
+        """A tensor of that shape, type and stride with any content."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+
+    def on_wire(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it travels: contiguous; the tensor's own memory where that has no gaps."""
+        return tensor.permute(self.dims).contiguous()
+
+    def from_wire(self, sent: torch.Tensor) -> torch.Tensor:
+        """A tensor of this description from one that travelled; the same memory where this has no gaps."""
+        back = sorted(range(len(self.shape)), key=self.dims.__getitem__)
+        tensor = sent.permute(back)
+        return tensor if tensor.stride() == self.stride or not tensor.numel() else self.new().copy_(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory and on the wire."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """A callable with named ports. drops: values nobody at the stage needs after it.
+
+    An output of kind ``left`` is followed by one of kind ``right`` of the same name: factors of that parameter's gradient.
+    """
+
+    run: Run
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    drops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageCode:
+    """What a rank needs to run a stage. weights: the pieces of W; receives_back, sends_back: gradients, from and to where."""
+
+    stage: int
+    forward: Part
+    backward: Part | None = None
+    weights: tuple[Part, ...] = ()
+    optimizer: Part | None = None
+    receives: tuple[ValueSpec, ...] = ()
+    sends: tuple[ValueSpec, ...] = ()
+    receives_back: tuple[ValueSpec, ...] = ()
+    sends_back: tuple[ValueSpec, ...] = ()
+
+
+@dataclass
+class StageState:
+    """A stage at work.
+
+    held: port -> tensor; gradients: parameter -> accumulator (kept from step to step, so that its memory is); values, outputs: per
+    micro-batch; kept: per micro-batch, the weights that it must see where they are not the newest; before: per micro-batch, the
+    buffers as its forward saw them, where that forward is run again; waiting: per (micro-batch, piece), gradients not added yet.
+    """
+
+    code: StageCode
+    held: dict[Port, torch.Tensor]
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    given: dict[int, Mapping[Port, torch.Tensor]] = field(default_factory=dict)
+    outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    kept: dict[int, dict[Port, torch.Tensor]] = field(default_factory=dict)
+    before: dict[int, dict[Port, torch.Tensor]] = field(default_factory=dict)
+    waiting: dict[tuple[int, int], list[tuple[str, tuple[torch.Tensor, ...]]]] = field(default_factory=dict)
+    filled: set[str] = field(default_factory=set)
+
+    def begin(self, given: Sequence[Mapping[Port, torch.Tensor]]) -> None:
+        """Forget the last step. given: per micro-batch, its inputs by port. Accumulators keep their memory, not their sums."""
+        self.values = {}
+        self.outputs = {}
+        self.kept = {}
+        self.before = {}
+        self.waiting = {}
+        self.given = dict(enumerate(given))
+        self.filled = set()
+
+    def receive(self, micro_batch: int, specs: Sequence[ValueSpec], tensors: Sequence[torch.Tensor]) -> None:
+        """Take a message into the values of its micro-batch."""
+        mine = self.values.setdefault(micro_batch, {})
+        mine.update((spec.name, tensor) for spec, tensor in zip(specs, tensors, strict=True))
+
+    def message(self, micro_batch: int, specs: Sequence[ValueSpec]) -> list[torch.Tensor]:
+        """The tensors of a message to send."""
+        mine = self.values[micro_batch]
+        return [mine[spec.name] for spec in specs]
+
+    def run(self, part: Part, micro_batch: int, piece: int | None = None) -> None:
+        """Run one part for one micro-batch. piece: its gradients wait for ``add`` under that number, None: they are added at once.
+
+        Raises RunError where a port has nothing behind it.
+        """
+        mine = self.values.setdefault(micro_batch, {})
+        found: list[tuple[str, tuple[torch.Tensor, ...]]] = []
+        left: torch.Tensor | None = None
+        for port, result in zip(part.outputs, self._results(part, micro_batch), strict=True):
+            if result is None:
+                continue
+            match port.kind:
+                case "value":
+                    mine[port.name] = result
+                case "gradient":
+                    found.append((port.name, (result,)))
+                case "left":
+                    left = result
+                case "right" if left is not None:
+                    found.append((port.name, (left, result)))
+                case "output":
+                    self.outputs.setdefault(micro_batch, {})[port.name] = result
+                case "update":
+                    self._update(port.name, result)
+                case _:
+                    raise RunError(f"stage {self.code.stage}: {port.kind} is no kind of output of a part")
+        if piece is None:
+            self._accumulate(found)
+        else:
+            self.waiting.setdefault((micro_batch, piece), []).extend(found)
+
+    def add(self, micro_batch: int, piece: int) -> None:
+        """Add gradients that wait."""
+        self._accumulate(self.waiting.pop((micro_batch, piece), []))
+
+    def forward_for_later(self, micro_batch: int) -> None:
+        """The forward of a micro-batch that will be run again: what it saw of the buffers is kept for that."""
+        self.before[micro_batch] = {port: tensor for port, tensor in self.held.items() if port.kind == "buffer"}
+        self.run(self.code.forward, micro_batch)
+
+    def forget_forward(self, micro_batch: int) -> None:
+        """Keep nothing of a forward but what came in."""
+        came_in = {spec.name for spec in self.code.receives}
+        mine = self.values[micro_batch]
+        self.values[micro_batch] = {name: value for name, value in mine.items() if name in came_in}
+
+    def recompute(self, micro_batch: int) -> None:
+        """Run the forward again, for its values only."""
+        mine = self.values.setdefault(micro_batch, {})
+        for port, result in zip(self.code.forward.outputs, self._results(self.code.forward, micro_batch), strict=True):
+            if port.kind == "value" and result is not None:
+                mine[port.name] = result
+        del self.before[micro_batch]
+        self.drop(self.code.forward, micro_batch)
+
+    def drop(self, part: Part, micro_batch: int) -> None:
+        """Forget what nobody needs after the part and its message."""
+        mine = self.values.get(micro_batch, {})
+        for name in part.drops:
+            mine.pop(name, None)
+
+    def stash(self, micro_batch: int) -> None:
+        """Keep the weights of now for a micro-batch."""
+        self.kept[micro_batch] = dict(self.held)
+
+    def unstash(self, micro_batch: int) -> None:
+        """Forget them."""
+        self.kept.pop(micro_batch, None)
+
+    def optimize(self) -> None:
+        """Run the optimizer on the gradients gathered so far; the next one starts a new sum."""
+        if self.code.optimizer is not None:
+            part = self.code.optimizer
+            results = part.run([self._gradient_or_held(port) for port in part.inputs])
+            for port, result in zip(part.outputs, results, strict=True):
+                if result is not None and port.kind == "update":
+                    self._update(port.name, result)
+        self.filled = set()
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """The sum of a parameter's gradients, None where nothing was added."""
+        return self.gradients[name] if name in self.filled else None
+
+    def _results(self, part: Part, micro_batch: int) -> Sequence[torch.Tensor | None]:
+        mine = self.values.setdefault(micro_batch, {})
+        weights = self.kept.get(micro_batch, self.held)
+        buffers = self.before.get(micro_batch, self.held)
+        arguments = []
+        for port in part.inputs:
+            kind, name = port
+            if kind == "value":
+                found = mine.get(name)
+            elif kind in HELD:
+                found = (weights if kind == "param" else buffers if kind == "buffer" else self.held).get(port)
+            else:
+                found = self.given.get(micro_batch, {}).get(port)
+            if found is None:
+                raise RunError(f"stage {self.code.stage}, micro-batch {micro_batch}: {kind} {name!r} is not there")
+            arguments.append(found)
+        return part.run(arguments)
+
+    def _gradient_or_held(self, port: Port) -> torch.Tensor:
+        found = self.gradient(port.name) if port.kind == "gradient" else self.held.get(port)
+        if found is None:
+            raise RunError(f"stage {self.code.stage}: the optimizer reads {port.kind} {port.name!r}, which is not there")
+        return found
+
+    def _update(self, name: str, value: torch.Tensor) -> None:
+        """A new value of a buffer, parameter or state. Held tensors are replaced, never written: kept versions stay."""
+        for kind in ("buffer", "param", "state"):
+            if Port(kind, name) in self.held:
+                self.held[Port(kind, name)] = value
+                return
+        raise InputError(f"stage {self.code.stage} updates {name!r}, which it does not hold")
+
+    def _accumulate(self, found: Sequence[tuple[str, tuple[torch.Tensor, ...]]]) -> None:
+        for name, factors in found:
+            sum_ = self.gradients.get(name)
+            if sum_ is None:
+                self.gradients[name] = torch.mm(*factors) if len(factors) == 2 else factors[0].clone()
+            elif name not in self.filled:
+                torch.mm(*factors, out=sum_) if len(factors) == 2 else sum_.copy_(factors[0])
+            elif len(factors) == 2:
+                sum_.addmm_(*factors)
+            else:
+                sum_.add_(factors[0])
+            self.filled.add(name)
