@@ -10,7 +10,7 @@ from ..errors import RunError
 from .instruction import Schedule
 from .links import LocalLink
 from .run import PipelineRank, Reduce
-from .stage import Port, StageState
+from .stage import StageState
 
 
 class LoopbackPipeline:
@@ -35,8 +35,8 @@ class LoopbackPipeline:
         ]
         self._mailbox = mailbox
 
-    def step(self, given: Sequence[Mapping[Port, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """Run the schedule once. given: per micro-batch, inputs by port. RunError where the schedule deadlocks."""
+    def step(self, given: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """Run the schedule once. given: per micro-batch, inputs, tangents and seeds by name. RunError where the schedule deadlocks."""
         with torch.no_grad(), torch._C._DisableAutocast():
             self._take_turns(given)
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(self.schedule.micro_batches)]
@@ -45,7 +45,7 @@ class LoopbackPipeline:
                 found.update(mine)
         return outputs
 
-    def _take_turns(self, given: Sequence[Mapping[Port, torch.Tensor]]) -> None:
+    def _take_turns(self, given: Sequence[Mapping[str, torch.Tensor]]) -> None:
         self._mailbox.clear()
         loops = [rank.steps(given) for rank in self.ranks]
         blocked: dict[int, int] = {}

@@ -18,7 +18,7 @@ import torch
 from ..errors import InputError, RankFailed, RunError
 from .instruction import Flow, Instr, Op, Schedule, Value, makes, moved, reads
 from .links import Link
-from .stage import Part, Port, StageState, ValueSpec
+from .stage import Part, StageState, ValueSpec
 
 Reduce = Callable[[StageState], None]
 """Adds up what a stage shares with others (tied parameters, replicas), before the optimizer."""
@@ -58,8 +58,8 @@ class PipelineRank:
             _check_pieces(self.schedule, self.states[stage])
         self._loop = _Loop(self)
 
-    def step(self, given: Sequence[Mapping[Port, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """Run the schedule once; blocks. given: per micro-batch, inputs by port. Returns the outputs of each, by name.
+    def step(self, given: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """Run the schedule once; blocks. given: per micro-batch, inputs, tangents and seeds by name. Returns the outputs of each, by name.
 
         Raises RankFailed naming the instruction where a part raises; RunErrors of the link pass.
         """
@@ -76,7 +76,7 @@ class PipelineRank:
                 found[micro_batch].update(outputs)
         return found
 
-    def steps(self, given: Sequence[Mapping[Port, torch.Tensor]]) -> Iterator[int]:
+    def steps(self, given: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[int]:
         """The loop. Yields the tag of a message it will wait for when it is resumed.
 
         Whoever drives it turns gradients and autocast off: a generator must not, since modes of interleaved ones would mix.

@@ -106,15 +106,15 @@ class StageState:
     held: dict[Port, torch.Tensor]
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     values: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-    given: dict[int, Mapping[Port, torch.Tensor]] = field(default_factory=dict)
+    given: dict[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     kept: dict[int, dict[Port, torch.Tensor]] = field(default_factory=dict)
     before: dict[int, dict[Port, torch.Tensor]] = field(default_factory=dict)
     waiting: dict[tuple[int, int], list[tuple[str, tuple[torch.Tensor, ...]]]] = field(default_factory=dict)
     filled: set[str] = field(default_factory=set)
 
-    def begin(self, given: Sequence[Mapping[Port, torch.Tensor]]) -> None:
-        """Forget the last step. given: per micro-batch, its inputs by port. Accumulators keep their memory, not their sums."""
+    def begin(self, given: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Forget the last step. given: per micro-batch, its inputs, tangents and seeds by name. Accumulators keep their memory, not their sums."""
         self.values = {}
         self.outputs = {}
         self.kept = {}
@@ -228,7 +228,7 @@ class StageState:
             elif kind in HELD:
                 found = (weights if kind == "param" else buffers if kind == "buffer" else self.held).get(port)
             else:
-                found = self.given.get(micro_batch, {}).get(port)
+                found = self.given.get(micro_batch, {}).get(name)
             if found is None:
                 raise RunError(f"stage {self.code.stage}, micro-batch {micro_batch}: {kind} {name!r} is not there")
             arguments.append(found)

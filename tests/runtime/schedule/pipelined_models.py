@@ -64,14 +64,14 @@ class Case:
         """Fresh stages."""
         return states_of(self.pipeline, self.tensors(), products=products)
 
-    def given(self, batch: Sequence[Tensor]) -> dict[Port, Tensor]:
+    def given(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         """A micro-batch's inputs."""
-        found = {Port("input", f"args[{i}]"): tensor for i, tensor in enumerate(batch)}
+        found = {f"args[{i}]": tensor for i, tensor in enumerate(batch)}
         for role in self.program.signature.inputs:
             if role.kind is RoleKind.TANGENT:
-                found[Port("tangent", role.name)] = torch.ones(())
+                found[role.name] = torch.ones(())
             elif role.kind is RoleKind.SEED:
-                found[Port("seed", role.name)] = torch.tensor(len(batch))
+                found[role.name] = torch.tensor(len(batch))
         return found
 
     def accumulated(self, batches: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], dict[str, Tensor]]:

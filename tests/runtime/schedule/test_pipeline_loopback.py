@@ -160,7 +160,7 @@ def double(stage: int, *, fail_at: float = float("inf")) -> StageCode:
 
 
 def test_an_error_in_a_part_names_rank_and_instruction() -> None:
-    given = [{Port("input", "x"): torch.full((2,), float(m))} for m in range(4)]
+    given = [{"x": torch.full((2,), float(m))} for m in range(4)]
     fine = LoopbackPipeline(inference(2, 4), [StageState(double(0), {}), StageState(double(1), {})])
     assert [float(out["y"][0]) for out in fine.step(given)] == [0, 4, 8, 12]
     bad = LoopbackPipeline(inference(2, 4), [StageState(double(0), {}), StageState(double(1, fail_at=4.0), {})])
