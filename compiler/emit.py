@@ -19,6 +19,7 @@ from ..runtime.ops import SEND, op_name
 from ..runtime.program import RankProgram, Segment
 from ..runtime.templates import slots_in
 from ..runtime.validate import check_rank_program
+from .collector import without_collector
 from .instructions import Emitter, refusal
 from .ports import Ports
 from .program import Phase, Program, RoleKind, note
@@ -26,6 +27,7 @@ from .program import Phase, Program, RoleKind, note
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 
 
+@without_collector()
 def emit(program: Program, logical: Program | None = None) -> RankProgram:
     """The instruction list of a lowered program, or of a logical one for a mesh of one rank.
 

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from ..collector import without_collector
 from ..errors import HocketError
 from ..program import Decision, Literal, Program, Role, RoleKind, Signature, check_program
 from .blocks import BlockGroup, find_blocks
@@ -35,6 +36,7 @@ from .trace import Aim, Raw, Request, Tracer
 Target = nn.Module | Callable[..., Any]
 
 
+@without_collector()
 def capture(
     target: Target,
     args: tuple[Any, ...] = (),

@@ -10,6 +10,7 @@ import torch.fx as fx
 from torch import nn
 from torch.optim import Optimizer
 
+from ..collector import without_collector
 from ..errors import InputError
 from ..program import Note, Phase, Program, Role, RoleKind, annotate, check_program, note
 from .flatten import identifier, lazy_module
@@ -18,6 +19,7 @@ from .optimizer import Update, check_optimizer, grouped, trace_update
 from .trace import Aim
 
 
+@without_collector()
 def capture_step(
     model: nn.Module,
     optimizer: Optimizer,

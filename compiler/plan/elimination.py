@@ -12,9 +12,9 @@ Rish 2003). That gives a valid lower bound; the labels decoded from it are then 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -181,18 +181,19 @@ class _Store:
 
     def __init__(self) -> None:
         self.tables: list[Table] = []
-        self._numbers: dict[tuple[tuple[int, ...], bytes], int] = {}
+        self._numbers: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self._restricted: dict[tuple[object, ...], int] = {}
 
     def intern(self, table: Table) -> int:
         """The number of a table."""
         table = np.ascontiguousarray(table)
-        key = (table.shape, hashlib.blake2b(table.tobytes(), digest_size=16).digest())
-        number = self._numbers.get(key)
-        if number is None:
-            number = self._numbers[key] = len(self.tables)
-            self.tables.append(table)
-        return number
+        alike = self._numbers.setdefault((table.shape, zlib.crc32(table.data)), [])
+        for number in alike:
+            if np.array_equal(self.tables[number], table):
+                return number
+        alike.append(len(self.tables))
+        self.tables.append(table)
+        return alike[-1]
 
     def restricted(self, factor: Factor, kept: Sequence[npt.NDArray[np.intp]]) -> int:
         """The number of a factor's table on the labels that are left (equal ones are one array). Arrays must outlive this store."""
@@ -223,15 +224,19 @@ class _Elimination:
         self._count = 0
         self._constant = 0
         self._buckets: list[tuple[int, list[_Scoped]]] = []
-        self._known: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._known: dict[tuple[tuple[tuple[int, ...], int], ...], tuple[int, int]] = {}
+        self._decoded: dict[tuple[tuple[int, ...], ...], int] = {}
 
     def add(self, variables: tuple[int, ...], number: int) -> None:
         """Add a table to the sum; a table over nothing is a constant."""
         if not variables:
             self._constant += int(self.store.tables[number].item())
             return
+        scoped = (variables, number)
         for variable in variables:
-            self._factors[variable][self._count] = (variables, number)
+            self._factors[variable][self._count] = scoped
+            if len(variables) == 1:
+                break
             neighbours = self._neighbours[variable]
             for other in variables:
                 if other != variable and other not in neighbours:
@@ -254,31 +259,34 @@ class _Elimination:
             if size != sizes[variable]:
                 continue  # an entry for its present size is in the queue
             done[variable] = True
-            touched = {neighbour: sizes[neighbour] for neighbour in sorted(self._neighbours[variable])}
-            self._eliminate(variable)
-            for neighbour, before in touched.items():
+            scope = sorted(self._neighbours[variable])
+            touched = [(neighbour, sizes[neighbour]) for neighbour in scope]
+            self._eliminate(variable, scope)
+            for neighbour, before in touched:
                 if sizes[neighbour] != before:
                     heapq.heappush(queue, (sizes[neighbour], neighbour))
         return self._constant
 
-    def _eliminate(self, variable: int) -> None:
-        bucket = list(self._factors[variable].values())
-        for number, (variables, _) in list(self._factors[variable].items()):
+    def _eliminate(self, variable: int, scope: list[int]) -> None:
+        factors = self._factors
+        bucket = list(factors[variable].values())
+        for number, (variables, _) in list(factors[variable].items()):
             for other in variables:
-                self._factors[other].pop(number, None)
+                del factors[other][number]
         self._buckets.append((variable, bucket))
-        is_split = self._sizes[variable] > self.max_table
-        for neighbour in self._neighbours[variable]:
-            if is_split:  # some neighbours may lose each other
-                scopes = (scope for scope, _ in self._factors[neighbour].values())
-                self._neighbours[neighbour] = {v for scope in scopes for v in scope if v != neighbour}
+        if self._sizes[variable] > self.max_table:
+            for neighbour in scope:  # some of them may lose each other
+                scopes = (variables for variables, _ in factors[neighbour].values())
+                self._neighbours[neighbour] = {v for variables in scopes for v in variables if v != neighbour}
                 self._sizes[neighbour] = math.prod(self.domains[v] for v in (neighbour, *self._neighbours[neighbour]))
-            else:
-                self._neighbours[neighbour].discard(variable)
-                self._sizes[neighbour] //= self.domains[variable]
-        for part in self._split(bucket) if is_split else [bucket]:
-            scope = sorted({v for variables, _ in part for v in variables} - {variable})
-            self.add(tuple(scope), self._minimised(variable, scope, part))
+            for part in self._split(bucket):
+                narrow = sorted({v for variables, _ in part for v in variables} - {variable})
+                self.add(tuple(narrow), self._minimised(variable, narrow, part))
+            return
+        for neighbour in scope:
+            self._neighbours[neighbour].discard(variable)
+            self._sizes[neighbour] //= self.domains[variable]
+        self.add(tuple(scope), self._minimised(variable, scope, bucket))
 
     def _split(self, bucket: list[_Scoped]) -> list[list[_Scoped]]:
         """Groups of factors whose joint tables are small enough, widest factors first."""
@@ -296,13 +304,14 @@ class _Elimination:
 
     def _minimised(self, variable: int, scope: list[int], part: list[_Scoped]) -> int:
         """Number of the normalised table  min over variable of the sum of the part; its minimum goes to the constant."""
-        axis = {v: i for i, v in enumerate((variable, *scope))}
-        placed = sorted((tuple(axis[v] for v in variables), number) for variables, number in part)
-        key = (tuple(placed), tuple(self.domains[v] for v in axis))
+        axis = {v: i for i, v in enumerate(scope, 1)}
+        axis[variable] = 0
+        placed = sorted([(tuple([axis[v] for v in variables]), number) for variables, number in part])
+        key = tuple(placed)  # the tables have every size
         known = self._known.get(key)
         if known is None:
             self.solved += 1
-            total = np.zeros([self.domains[v] for v in axis], dtype=np.int64)
+            total = np.zeros([self.domains[v] for v in (variable, *scope)], dtype=np.int64)
             for count, (axes, number) in enumerate(placed, 1):
                 total += _spread(self.store.tables[number], axes, total.ndim)
                 if count % (_ADDED_AT_ONCE - 1) == 0:
@@ -323,11 +332,15 @@ class _Elimination:
         """Labels by going back through the eliminations: each variable's best given those eliminated after it."""
         labels = [0] * len(self.domains)
         for variable, bucket in reversed(self._buckets):
-            row = np.zeros(self.domains[variable], dtype=np.int64)
-            for variables, number in bucket:
-                row += self.store.tables[number][tuple(slice(None) if v == variable else labels[v] for v in variables)]
-                np.minimum(row, INFINITE, out=row)
-            labels[variable] = int(row.argmin())
+            key = tuple([(n, *[-1 if v == variable else labels[v] for v in variables]) for variables, n in bucket])
+            label = self._decoded.get(key)
+            if label is None:
+                row = np.zeros(self.domains[variable], dtype=np.int64)
+                for number, *chosen in key:
+                    row += self.store.tables[number][tuple([slice(None) if at < 0 else at for at in chosen])]
+                    np.minimum(row, INFINITE, out=row)
+                label = self._decoded[key] = int(row.argmin())
+            labels[variable] = label
         return labels
 
 

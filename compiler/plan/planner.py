@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...runtime.mesh import Mesh
-from ..cost.cluster import Cluster
+from ..collector import without_collector
+from ..cost.cluster import COLLECTIVES, Cluster
 from ..cost.estimate import estimate
 from ..errors import InputError, PlanError
 from ..layout import Partial, Placement, Shard, format_layout
@@ -48,6 +49,7 @@ Candidates = list[list[tuple[Rule, ...]]]
 """Per axis and site, the rules that may be chosen."""
 
 
+@without_collector()
 def plan(
     program: Program,
     mesh: Mesh,
@@ -182,25 +184,39 @@ class _Search:
         told = [axis for axis in axes if not isinstance(self.tactics[axis], Auto)]
         free = [axis for axis in axes if axis not in told]
         orders = list(dict.fromkeys([(*told, *free), (*told, *reversed(free))]))
+        if len(free) == 2 and self._are_alike(*free):
+            orders = orders[:1]  # the other order gives the mirror image
         return min((self._descend(pricing, builder, order) for order in orders), key=lambda found: found.objective)
+
+    def _are_alike(self, one: int, other: int) -> bool:
+        """Whether two axes could change their names: as many ranks, as fast, and the same allowed everywhere."""
+        (name, parts), (other_name, other_parts) = self.mesh.axes[one], self.mesh.axes[other]
+        if parts != other_parts or any(self.cluster.line(k, name) != self.cluster.line(k, other_name) for k in COLLECTIVES):
+            return False
+        return self.candidates[one] == self.candidates[other]
 
     def _descend(self, pricing: Pricing, builder: ProblemBuilder, order: Sequence[int]) -> _Found:
         choices: list[Choice] = [(pricing.whole(site),) * len(self.mesh.axes) for site in self.view.sites]
         problems: dict[int, AxisProblem] = {}
         solutions: dict[int, Solution] = {}
         objective: int | None = None
-        unchanged = 0
+        unchanged = changes = 0
+        solved: dict[int, int] = {}  # axis -> how many changes the choices had seen when it had been solved
         for turn, axis in enumerate(itertools.islice(itertools.cycle(order), MAX_ROUNDS * len(order))):
+            if solved.get(axis) == changes:
+                break  # nothing has changed since, on this axis or any other
             problem = builder.build(self._labels(pricing, axis, choices))
             is_first = turn < len(order)
             solution = self._solve(problem, axis, is_first=is_first)
             if is_first or objective is None or solution.objective < objective:
                 unchanged, objective = 0, solution.objective
+                changes += 1
                 problems[axis], solutions[axis] = problem, solution
                 rules = problem.chosen(solution.labels)
                 choices = [(*c[:axis], rule, *c[axis + 1 :]) for c, rule in zip(choices, rules, strict=True)]
             else:
                 unchanged += 1
+            solved[axis] = changes
             if turn >= len(order) - 1 and (len(order) == 1 or unchanged >= len(order)):
                 break
         assert objective is not None

@@ -105,6 +105,8 @@ class Pricing:
         self._labels: dict[object, Labels | None] = {}
         self._whole: dict[tuple[int, int], Rule] = {}
         self._moves: dict[object, int] = {}
+        self._pieces: dict[tuple[TensorType, Layout], LocalTensor] = {}
+        self._seconds: dict[tuple[int, ...], float] = {}
 
     def whole(self, site: Site) -> Rule:
         """The rule that leaves a site uncut: one object for equal sites."""
@@ -148,6 +150,13 @@ class Pricing:
 
     def site_seconds(self, site: Site, choice: Choice) -> float:
         """Predicted time of an op on its local shapes; for stored inputs, what their bytes are charged."""
+        key = (site.signature, len(site.uses), *map(id, choice))  # rules live as long as the candidates do
+        known = self._seconds.get(key)
+        if known is None:
+            known = self._seconds[key] = self._site_seconds(site, choice)
+        return known
+
+    def _site_seconds(self, site: Site, choice: Choice) -> float:
         if site.is_op:
             done = self.site_work(site, choice)
             if done.is_view:
@@ -178,7 +187,10 @@ class Pricing:
         return work(site.node.target, inputs, outputs, transposed=is_transposed(site.node.target, site.node.args))
 
     def _local(self, tensor: TensorType, layout: Layout) -> LocalTensor:
-        return LocalTensor(local_shape(tensor.shape, layout, self.mesh), tensor.itemsize)
+        known = self._pieces.get((tensor, layout))
+        if known is None:
+            known = self._pieces[(tensor, layout)] = LocalTensor(local_shape(tensor.shape, layout, self.mesh), tensor.itemsize)
+        return known
 
     def move(self, source: Layout, target: Layout, value: Value, *, to_port: bool) -> int:
         """Units of bringing a value from one layout to another, with the charge for moves that a tactic does without."""
