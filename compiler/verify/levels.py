@@ -22,6 +22,7 @@ import torch
 from ..contract import Approx, Contract, Equal, Spec
 from ..errors import HocketError, InputError, UnsupportedError
 from ..program import Program
+from .counterexample import Counterexample, counterexample
 from .differential import float_level
 from .lowered import with_whole_inputs
 from .report import LevelResult, Outcome, Status, Verdict, combine
@@ -74,6 +75,17 @@ class Question:
         """The pair for levels that run programs, small where it can be, with whole values on the inputs."""
         original, transformed = self.reduced
         return with_whole_inputs(original), transformed
+
+    def mapped(self, function: Callable[[Program], Program]) -> Question:
+        """The same question about the programs that ``function`` makes of these."""
+        small = self.small
+
+        def reduced() -> Pair | None:
+            pair = small() if callable(small) else small
+            return None if pair is None else (function(pair[0]), function(pair[1]))
+
+        both = (function(self.original), function(self.transformed))
+        return dataclasses.replace(self, original=both[0], transformed=both[1], small=None if small is None else reduced)
 
     def _as_promised(self, original: Program, transformed: Program) -> Pair:
         return (self.contract.reference(original) if isinstance(self.contract, Spec) else original), transformed
@@ -140,7 +152,8 @@ def by_congruence(original: Program, transformed: Program) -> Congruence | None:
 def _from_lemmas(found: Congruence, question: Question, seconds: float) -> LevelResult:
     where = "one rank" if question.transformed.mesh is None else "one rank, the distribution being typed"
     detail = f"equal on {where}: {found}"
-    return LevelResult("ring", Outcome.PROVED, detail, seconds, bound=_bound_text(found.bound))
+    bound, relied = _bound_text(found.bound), tuple(sorted(found.sensitivity - {"exp"}))
+    return LevelResult("ring", Outcome.PROVED, detail, seconds, bound=bound, sensitivity=relied)
 
 
 def _bound_text(bound: Bound | None) -> str:
@@ -162,16 +175,34 @@ def _one_rank(transformed: Program) -> tuple[Program, str]:
 
 
 def _from_ring(question: Question, verdict: RingVerdict, how: str, seconds: float) -> LevelResult:
+    relied = tuple(sorted(verdict.sensitivity))
     if verdict.status is RingStatus.EQUAL:
         detail = f"equal over the ring, {verdict.draws} draws, on {how}"
-        return LevelResult("ring", Outcome.PROVED, detail, seconds, bound=_bound_text(verdict.bound))
+        return LevelResult("ring", Outcome.PROVED, detail, seconds, bound=_bound_text(verdict.bound), sensitivity=relied)
     if verdict.status is RingStatus.DIFFERENT:
         try:
             found = localise(*question.executed)
         except HocketError:
             found = None
-        return LevelResult("ring", Outcome.FAILED, str(verdict), seconds, divergence="" if found is None else str(found))
+        return LevelResult(
+            "ring",
+            Outcome.FAILED,
+            str(verdict),
+            seconds,
+            divergence="" if found is None else str(found),
+            counterexample=smallest_piece(*question.reduced),
+            sensitivity=relied,
+        )
     return LevelResult("ring", Outcome.UNSUPPORTED, str(verdict), seconds)
+
+
+def smallest_piece(original: Program, transformed: Program) -> Counterexample | None:
+    """Where two programs that differ do so first, as small programs; None where they have no form of one rank, or no such node."""
+    try:
+        before, after = (one if one.mesh is None else erase(one) for one in (original, transformed))
+    except HocketError:
+        return None
+    return counterexample(before, after)
 
 
 def numeric_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:

@@ -7,10 +7,14 @@ import enum
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from .counterexample import Counterexample
 
 
 class Status(enum.StrEnum):
@@ -43,10 +47,23 @@ class Growth:
     WARN = 4.0
     FAIL = 16.0
 
+    def __str__(self) -> str:
+        return f"{self.role} x{self.factor:.3g}"
+
+
+RELIANCE = {
+    "hash": "{} (a keyed function: identities of it are not known)",
+    "root": "root (sqrt(x y) = sqrt(x) sqrt(y) holds, sqrt(x)^2 = x only in canonical form)",
+    "order": "order (max, sort, comparisons: one branch an entry and draw)",
+    "settle": "settle (a logarithm, equal modulo the kernel of E)",
+}
+"""Treatments of the ring in words. Beside an alarm: an identity that the ring does not know may be behind it."""
+
 
 @dataclass(frozen=True)
 class LevelResult:
-    """One level's answer. failure: the status when it failed; bound: how sure it is; divergence: where the programs part."""
+    """One level's answer. failure: the status when it failed; bound: how sure it is; divergence: where the programs part;
+    counterexample: the smallest piece on which they do; sensitivity: what an equality, or an alarm, relied on."""
 
     level: str
     outcome: Outcome
@@ -57,6 +74,8 @@ class LevelResult:
     divergence: str = ""
     growth: tuple[Growth, ...] = ()
     warnings: tuple[str, ...] = ()
+    counterexample: Counterexample | None = None
+    sensitivity: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,8 @@ class Verdict:
     growth: tuple[Growth, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    counterexample: Counterexample | None = None
+    sensitivity: tuple[str, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -87,7 +108,8 @@ class Verdict:
         shown = "; ".join(f"{level.level}: {level.outcome}, {level.detail}" for level in self.levels) or "no level was asked"
         first = f"; first divergence: {self.divergence}" if self.divergence else ""
         bound = f"; {self.bound}" if self.bound else ""
-        return f"{self.status} ({shown}){first}{bound}"
+        smallest = f"; the smallest piece that differs:\n{self.counterexample}" if self.counterexample else ""
+        return f"{self.status} ({shown}){first}{bound}{smallest}"
 
     def to_json(self) -> str:
         """All of it as JSON text."""
@@ -100,11 +122,18 @@ class Verdict:
             table.add_column(heading, overflow="fold")
         for level in self.levels:
             table.add_row(level.level, str(level.outcome), level.detail, f"{level.seconds:.3f}")
-        lines: list[RenderableType] = [table]
-        for name, text in (("first divergence", self.divergence), ("bound", self.bound), *(("warning", w) for w in self.warnings)):
-            if text:
-                lines.append(Text(f"{name}: {text}"))
-        return Group(*lines)
+        texts = [
+            ("first divergence", self.divergence),
+            ("smallest piece that differs", "" if self.counterexample is None else str(self.counterexample)),
+            ("bound", self.bound),
+            ("relied on", ", ".join(RELIANCE.get(name.partition(":")[0], name).format(name) for name in self.sensitivity)),
+            ("float32 error, times that of the original", ", ".join(map(str, self._worst_growth()))),
+            *(("warning", warning) for warning in self.warnings),
+        ]
+        return Group(table, *(Text(f"{name}: {text}") for name, text in texts if text))
+
+    def _worst_growth(self) -> list[Growth]:
+        return sorted(self.growth, key=lambda growth: -growth.factor)[:3]
 
 
 def combine(levels: Sequence[LevelResult]) -> Verdict:
@@ -126,4 +155,6 @@ def combine(levels: Sequence[LevelResult]) -> Verdict:
         growth=tuple(growth for level in levels for growth in level.growth),
         warnings=tuple(warning for level in levels for warning in level.warnings),
         seconds=sum(level.seconds for level in levels),
+        counterexample=next((level.counterexample for level in levels if level.counterexample), None),
+        sensitivity=tuple(sorted({name for level in levels for name in level.sensitivity})),
     )

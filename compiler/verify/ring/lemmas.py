@@ -21,7 +21,7 @@ from ...errors import InputError
 from ...program import Program, Role, RoleKind, note
 from ..forms import TensorForm
 from .compare import compare
-from .cones import Cutter
+from .cones import Cones, Cutter
 from .joint import Outputs
 from .numbering import Numbering
 from .verdict import Bound, Status
@@ -70,10 +70,12 @@ def congruence(original: Program, transformed: Program) -> Congruence:
     for role in transformed.signature.inputs:
         if role not in given and role.kind is not RoleKind.CONSTANT:
             raise InputError(f"the transformed program has an input {role} that the original does not have")
-    return _Prover(original, transformed).run()
+    return Prover(original, transformed).run()
 
 
-class _Prover:
+class Prover:
+    """One attempt. refuted: the lemmas that did not hold, in the order of the transformed program."""
+
     def __init__(self, original: Program, transformed: Program) -> None:
         self.transformed = transformed
         self.table = Numbering()
@@ -81,10 +83,12 @@ class _Prover:
         self.cutter = Cutter(self.table, len(self.table.calls))
         self.claims = {node.name: number for node, number in self.before.nodes.items()}
         self.known: dict[Any, Bound | None] = {}
+        self.refuted: list[Cones] = []
         self.used: set[str] = set()
         self.uses = 0
 
     def run(self) -> Congruence:
+        """Walk through the transformed program."""
         numbers: dict[fx.Node, int] = {}
         roles = iter(self.transformed.signature.inputs)
         for node in self.transformed.graph.graph.nodes:
@@ -128,7 +132,10 @@ class _Prover:
                     return False
                 verdict = compare(*self.cutter.programs(cones))
                 self.known[key] = verdict.bound if verdict.status is Status.EQUAL else None
-                self.used |= verdict.sensitivity if verdict.status is Status.EQUAL else set()
+                if verdict.status is Status.EQUAL:
+                    self.used |= verdict.sensitivity
+                else:
+                    self.refuted.append(cones)
             if self.known[key] is not None:
                 self.uses += 1
                 return True
