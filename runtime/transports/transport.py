@@ -10,7 +10,8 @@ Peers are indices on the axis, as in ``Communicator``. Signals are words that on
 may signal it, ``signal`` sets it, ``wait`` blocks until it is at least ``value``. So a signal is never lost, never consumed, and a
 step number (an epoch) as value makes the same slot serve every step. What a rank wrote at a peer before it signals that peer is
 visible to the peer once its ``wait`` has returned, and nothing else is promised: a buffer may be overwritten only after a signal
-from everybody who reads it.
+from everybody who reads it. Where a transport gives views of remote memory, writes through a view are visible to whoever has seen
+a signal sent after them, directly or through others: memory is one.
 
 One-sided communication with signals on symmetric memory follows OpenSHMEM (``shmem_put_signal``, specification 1.5, 9.8).
 """
