@@ -25,11 +25,13 @@ aten = torch.ops.aten
 
 @dataclass
 class Inserter:
-    """Adds calls to a program's graph before ``anchor``, each with its fake value and a note."""
+    """Adds calls to a program's graph before ``anchor``, each with its fake value and a note after that of ``like`` (or the
+    anchor)."""
 
     graph: fx.Graph
     anchor: fx.Node
     by: str
+    like: fx.Node | None = None
 
     @property
     def mode(self) -> FakeTensorMode:
@@ -47,7 +49,7 @@ class Inserter:
         values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.mode, torch.no_grad():
             node.meta["val"] = target(*values, **named)
-        base = note(self.anchor)
+        base = note(self.like or self.anchor)
         node.meta[NOTE] = replace(Note(), phase=base.phase, source=base.source, module=base.module, added_by=self.by)
         return node
 

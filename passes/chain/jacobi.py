@@ -20,6 +20,9 @@ from ...compiler.chains.bodies import How, chain_op
 from ...compiler.contract import Context, Contract, Equal
 from ...compiler.program import Decision, Program, copy_program, note
 from .batch import Inserter
+from .canonical import merge_equal
+from .find import find_chains
+from .lift import lift
 from .split import ChainNode, Split, split
 
 
@@ -28,7 +31,8 @@ class JacobiFeedforward:
     """Find, lift, split and solve chains.
 
     solver: "auto" measures at the first call and decides; or "blocks:64", "jacobi", "windows:32", "shooting:32", "newton",
-    "sequential". exact: "bitwise", "rounding" or a relative tolerance. find: look for chains in unrolled graphs.
+    "sequential". exact: "bitwise", "rounding" or a relative tolerance. find: look for chains in unrolled graphs; shortest: of at
+    least so many steps.
     """
 
     name: ClassVar[str] = "jacobi"
@@ -36,6 +40,7 @@ class JacobiFeedforward:
     solver: str = "auto"
     exact: str | float = "rounding"
     find: bool = True
+    shortest: int = 24
 
     def __call__(self, program: Program, context: Context) -> Program:
         """See the class."""
@@ -44,9 +49,24 @@ class JacobiFeedforward:
         after, _ = copy_program(program)
         graph = after.graph.graph
         how = _on_ranks(how, context.mesh.size)
-        decisions = [self._chain(graph, node, how) for node in [n for n in graph.nodes if n.target is chain_op()]]
+        decisions = self._lifted(graph) if self.find else []
+        decisions += [self._chain(graph, node, how) for node in [n for n in graph.nodes if n.target is chain_op()]]
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         return after.decided(*decisions)
+
+    def _lifted(self, graph: fx.Graph) -> list[Decision]:
+        """Lift what is found; one decision for every segment that repeats and is no chain."""
+        merge_equal(graph)
+        chains, refused = find_chains(graph, self.shortest)
+        names: dict[fx.Node, fx.Node] = {}
+        for chain in chains:
+            names |= lift(graph, chain.renamed(names), self.name)[1]
+        return [
+            Decision(
+                self.name, r.node.name, applied=False, reason=f"repeats {r.steps} times, but {r.reason}", source=note(r.node).source
+            )
+            for r in refused
+        ]
 
     def _chain(self, graph: fx.Graph, node: fx.Node, how: How) -> Decision:
         inserter = Inserter(graph, node, self.name)

@@ -250,6 +250,8 @@ _RULES: Mapping[Any, Rule] = {
     aten.slice: _along(1, 0),
     aten.split: _along(2, 0),
     aten.split_with_sizes: _along(2, 0),
+    aten.unsafe_split: _along(2, 0),
+    aten.unsafe_split_with_sizes: _along(2, 0),
     aten._softmax: _along(1, -1),
     aten._log_softmax: _along(1, -1),
     aten.cumsum: _along(1, 0),

@@ -19,6 +19,7 @@ import torch.fx as fx
 
 from ...compiler.chains.bodies import BodyGraph, How, body_graph, chain_op, read_body, read_how
 from .batch import Inserter, Stepwise, ancestors, batched, depends_on, invariant
+from .parts import Parts
 from .pieces import join_pieces
 from .rows import ROWS, WHOLE, any_rows, type_rows
 
@@ -71,7 +72,7 @@ def split(chain: ChainNode, how: How, inserter: Inserter) -> Split:
     body = chain.body
     join_pieces(body)
     merge_biases(body)
-    parts = _Parts(body, chain)
+    parts = Parts(body, [i for i in range(len(body.emits)) if body.carries + i in chain.uses])
     env: dict[fx.Node, fx.Node] = dict(zip(body.placeholders, (*chain.init, *chain.shared, *chain.streams), strict=True))
     shared = {node: env[node] for node in body.shared_inputs}
     invariant(parts.fixed, shared, inserter)
@@ -122,49 +123,6 @@ def _absorb(graph: fx.Graph, node: fx.Node, product: fx.Node, more: fx.Node, car
     return True
 
 
-class _Parts:
-    """The nodes of a body by where they go. real: carries that stay; summed: carry -> what each step adds to it."""
-
-    def __init__(self, body: BodyGraph, chain: ChainNode) -> None:
-        calls = body.calls
-        self.summed = _sums(body)
-        self.real = [i for i in range(body.carries) if i not in self.summed]
-        carried = depends_on(calls, body.carry_inputs)
-        self.read = [i for i in range(len(body.emits)) if body.carries + i in chain.uses]
-        emits = [body.emits[i] for i in self.read]
-        step = ancestors([body.following[i] for i in self.real]) & carried
-        needed = ancestors([*[body.following[i] for i in self.real], *emits, *self.summed.values()])
-        self.step = [n for n in calls if n in step]
-        self.after = [n for n in calls if n in needed and n in carried and n not in step]
-        varying = depends_on(calls, body.stream_inputs)
-        loose = [n for n in calls if n in needed and n not in carried]
-        self.fixed = [n for n in loose if n not in varying]
-        self.ahead = [n for n in loose if n in varying]
-        late = {source for n in (*self.step, *self.after) for source in n.all_input_nodes}
-        ends = {*emits, *self.summed.values(), *body.following}
-        self.ahead_wanted = [n for n in self.ahead if (n in late or n in ends) and isinstance(n.meta["val"], torch.Tensor)]
-        opened = [n for n in self.ahead if not isinstance(n.meta["val"], torch.Tensor) and n in late]
-        if opened:  # a list crosses the border: its getitems belong with it
-            self.ahead_wanted += [
-                g for g in calls if g.target is operator.getitem and g.args[0] in opened and g not in self.ahead_wanted
-            ]
-
-
-def _sums(body: BodyGraph) -> dict[int, fx.Node]:
-    """Carries with c' = c + v that nothing else reads, and their v."""
-    found: dict[int, fx.Node] = {}
-    for i, (carry, after) in enumerate(zip(body.carry_inputs, body.following, strict=True)):
-        if after.target is not aten.add.Tensor or len(after.args) != 2 or after.kwargs or set(carry.users) != {after}:
-            continue
-        others = [a for a in after.args if a is not carry]
-        is_read = [u for u in after.users if u.op != "output"] or after in body.emits or body.following.count(after) != 1
-        if len(others) == 1 and isinstance(others[0], fx.Node) and not is_read:
-            same = others[0].meta["val"].shape == carry.meta["val"].shape and others[0].meta["val"].dtype == carry.meta["val"].dtype
-            if same:
-                found[i] = others[0]
-    return found if len(found) < body.carries else {}
-
-
 def _rows_of(body: BodyGraph) -> int | None:
     """Rows of a step: dimension 0 of the first carry."""
     first = body.carry_inputs[0].meta["val"]
@@ -174,7 +132,7 @@ def _rows_of(body: BodyGraph) -> int | None:
 class _Builder:
     """Writes the split chain. values: body node -> program node [T, *shape], completed as they become known."""
 
-    def __init__(self, chain: ChainNode, parts: _Parts, stepwise: Stepwise, inserter: Inserter) -> None:
+    def __init__(self, chain: ChainNode, parts: Parts, stepwise: Stepwise, inserter: Inserter) -> None:
         self.chain, self.parts, self.inserter = chain, parts, inserter
         self.body = chain.body
         self.known = stepwise
@@ -182,7 +140,7 @@ class _Builder:
         self.shared = [n for n in stepwise.shared if n in read]
         self.streams = [n for n in stepwise.values if n in read]
         borders = {s for n in parts.after for s in n.all_input_nodes} | {self.body.emits[i] for i in parts.read}
-        borders |= set(parts.summed.values())
+        borders |= set(parts.ends)
         self.before = [i for i in parts.real if self.body.carry_inputs[i] in borders]
         given = [n for n in parts.step if n in borders and isinstance(n.meta["val"], torch.Tensor)]
         self.emits = given + [n for n in dict.fromkeys(self.body.following[i] for i in self.before) if n not in given]
@@ -228,7 +186,7 @@ class _Builder:
             self.known.values[self.body.carry_inputs[i]] = self._states_before(i)
         emitted = [self.body.emits[i] for i in parts.read]
         late = [n for n in dict.fromkeys(emitted) if n in parts.after]
-        made, totals = batched(parts.after, late, list(parts.summed.values()), self.known, self.inserter)
+        made, totals = self._after(late, list(parts.summed.values()), self.known)
         self.known.values.update(zip(late, made, strict=True))
         replaced = {self.body.carries + i: self._by_step(self.body.emits[i]) for i in parts.read}
         for k, i in enumerate(parts.real):
@@ -237,8 +195,34 @@ class _Builder:
         for i, total in zip(parts.summed, totals, strict=True):
             if i in self.chain.uses:
                 replaced[i] = call(aten.add.Tensor, self.chain.init[i], total)
+        replaced |= self._delayed()
         hoisted = len(parts.fixed) + len(parts.ahead) + len(parts.after)
-        return Split(node, small, replaced, hoisted, len(parts.step), len(parts.summed), small.rows)
+        return Split(node, small, replaced, hoisted, len(parts.step), len(parts.summed) + len(parts.late), small.rows)
+
+    def _after(self, wanted: list[fx.Node], sums: list[fx.Node], known: Stepwise) -> tuple[list[fx.Node], list[fx.Node]]:
+        needed = ancestors([*wanted, *sums])
+        return batched([n for n in self.parts.after if n in needed], wanted, sums, known, self.inserter)
+
+    def _delayed(self) -> dict[int, fx.Node]:
+        """The final values of delayed sums, and of the carries that they read."""
+        call, chain, late, replaced = self.inserter.call, self.chain, self.parts.late, {}
+        if chain.count > 1:
+            _, totals = self._after([], [one.added for one in late.values()], self._part(0, chain.count - 1))
+        for k, (i, one) in enumerate(late.items()):
+            env = {**self.known.shared, self.body.carry_inputs[one.carry]: chain.init[one.carry]}
+            invariant(one.start, env, self.inserter)
+            total = call(aten.add.Tensor, chain.init[i], env[one.value])
+            replaced[i] = call(aten.add.Tensor, total, totals[k]) if chain.count > 1 else total
+        _, lasts = self._after([], self.parts.lasts, self._part(chain.count - 1, chain.count))
+        return replaced | dict(zip(self.parts.delayed, lasts, strict=True))
+
+    def _part(self, start: int, stop: int) -> Stepwise:
+        """What is known of some of the steps."""
+        ends = ancestors(self.parts.lasts + [one.added for one in self.parts.late.values()])
+        used = {source for n in self.parts.after if n in ends for source in n.all_input_nodes} | ends
+        call = self.inserter.call
+        values = {n: call(aten.slice.Tensor, v, 0, start, stop) for n, v in self.known.values.items() if n in used}
+        return Stepwise(values, self.known.shared, stop - start, self.known.rows)
 
     def _states_before(self, i: int) -> fx.Node:
         """[T, *shape]: the carry as each step finds it."""
