@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from .compiler.capture import capture
     from .compiler.decoding.drafts import NGramDraft
     from .compiler.decoding.generate import generate
+    from .compiler.decoding.sample import sample
     from .compiler.doors.jacobi import Jacobi
     from .compiler.doors.parallelize import parallel, parallelize
+    from .compiler.doors.pipeline_compile import PipelineParallel
     from .compiler.doors.sequential import sequential
     from .compiler.doors.train import train_step
     from .compiler.plan.tactics import Auto, DataParallel, Rewrites, SequenceParallel, TensorParallel, Zero
     from .compiler.verify.standalone import verify
+    from .passes.backward_split import SplitBackward
     from .runtime.mesh import Mesh
 
 __version__ = "0.1.0"
@@ -31,14 +34,17 @@ __all__ = [
     "Jacobi",
     "Mesh",
     "NGramDraft",
+    "PipelineParallel",
     "Rewrites",
     "SequenceParallel",
+    "SplitBackward",
     "TensorParallel",
     "Zero",
     "capture",
     "generate",
     "parallel",
     "parallelize",
+    "sample",
     "sequential",
     "train_step",
     "verify",
@@ -50,14 +56,17 @@ _HOME = {
     "Jacobi": ".compiler.doors.jacobi",
     "Mesh": ".runtime.mesh",
     "NGramDraft": ".compiler.decoding.drafts",
+    "PipelineParallel": ".compiler.doors.pipeline_compile",
     "Rewrites": ".compiler.plan.tactics",
     "SequenceParallel": ".compiler.plan.tactics",
+    "SplitBackward": ".passes.backward_split",
     "TensorParallel": ".compiler.plan.tactics",
     "Zero": ".compiler.plan.tactics",
     "capture": ".compiler.capture",
     "generate": ".compiler.decoding.generate",
     "parallel": ".compiler.doors.parallelize",
     "parallelize": ".compiler.doors.parallelize",
+    "sample": ".compiler.decoding.sample",
     "sequential": ".compiler.doors.sequential",
     "train_step": ".compiler.doors.train",
     "verify": ".compiler.verify.standalone",
