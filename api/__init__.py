@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .compiler.decoding.generate import generate
     from .compiler.decoding.sample import sample
     from .compiler.doors.jacobi import Jacobi
+    from .compiler.doors.overlap import OverlapTiles
     from .compiler.doors.parallelize import parallel, parallelize
     from .compiler.doors.pipeline_compile import PipelineParallel
     from .compiler.doors.sequential import sequential
@@ -34,6 +35,7 @@ __all__ = [
     "Jacobi",
     "Mesh",
     "NGramDraft",
+    "OverlapTiles",
     "PipelineParallel",
     "Rewrites",
     "SequenceParallel",
@@ -56,6 +58,7 @@ _HOME = {
     "Jacobi": ".compiler.doors.jacobi",
     "Mesh": ".runtime.mesh",
     "NGramDraft": ".compiler.decoding.drafts",
+    "OverlapTiles": ".compiler.doors.overlap",
     "PipelineParallel": ".compiler.doors.pipeline_compile",
     "Rewrites": ".compiler.plan.tactics",
     "SequenceParallel": ".compiler.plan.tactics",

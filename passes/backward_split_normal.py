@@ -32,7 +32,7 @@ class NormaliseBackward:
     name: ClassVar[str] = "normalise-backward"
     contract: ClassVar[Contract] = Equal()
 
-    def __call__(self, program: Program, _context: Context) -> Program:
+    def __call__(self, program: Program, context: Context) -> Program:  # noqa: ARG002
         """The program in that form, with one Decision that counts what was removed."""
         new, _ = copy_program(program)
         graph = new.graph.graph

@@ -49,7 +49,7 @@ class OpFission:
     contract: ClassVar[Contract] = Equal()
     wanted: Callable[[fx.Node], bool] = all_of_them
 
-    def __call__(self, program: Program, _context: Context) -> Program:
+    def __call__(self, program: Program, context: Context) -> Program:  # noqa: ARG002
         """The program with two calls in the place of one."""
         new, _ = copy_program(program)
         decisions = []

@@ -40,7 +40,7 @@ class CutStages:
     forward: Mapping[str, int] = field(default_factory=dict, hash=False)
     pieces: Mapping[str, int] = field(default_factory=dict, hash=False)
 
-    def __call__(self, program: Program, _context: Context) -> Program:
+    def __call__(self, program: Program, context: Context) -> Program:  # noqa: ARG002
         """The parts of all stages in a row, with a Decision for each boundary."""
         return join(cut_stages(program, self.forward, self.pieces))
 

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PASSES_MAY_IMPORT = {"chains", "program", "layout", "rules", "cost", "contract", "redistribute", "errors", "plan"}
+PASSES_MAY_IMPORT = {
+    "chains",
+    "program",
+    "layout",
+    "rules",
+    "cost",
+    "contract",
+    "redistribute",
+    "errors",
+    "plan",
+    "stages",
+    "tiles",
+}
 MAY_IMPORT_PASSES = {"doors", "cli", "demo", "report", "passmanager"}
 
 

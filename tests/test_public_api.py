@@ -16,6 +16,7 @@ PUBLIC = [
     "Jacobi",
     "Mesh",
     "NGramDraft",
+    "OverlapTiles",
     "PipelineParallel",
     "Rewrites",
     "SequenceParallel",

@@ -8,13 +8,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan
     from ..verify.report import Verdict
+    from .pipeline import PipelineSession
     from .session import Session
 
 _SESSION = "_hocket_session"
@@ -49,6 +50,13 @@ class ParallelModule(nn.Module):
         order, buffers and transport.
         """
         return session_of(self).verify(level, canary=canary)
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward, loss and backward of a batch on a pipeline (mesh ``"pp=2"``): adds gradients to ``.grad``, returns the loss.
+
+        InputError for a module that is no pipeline: there ``loss.backward()`` does it.
+        """
+        return session_of(self).train_step(self, args, kwargs)
 
     def close(self) -> None:
         """End the ranks. Parameters and buffers stay valid; the module cannot be called afterwards."""
@@ -89,7 +97,7 @@ def session_of(module: nn.Module) -> Session:
     return cast("Session", session)
 
 
-def parallel_view(model: nn.Module, session: Session) -> ParallelModule:
+def parallel_view(model: nn.Module, session: Session | PipelineSession) -> ParallelModule:
     """A second face of ``model``: same class, parameters, buffers, submodules and attributes, forward on the ranks.
 
     Hooks of the model itself are part of the captured program, so the view starts without them.
@@ -130,7 +138,7 @@ def _parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
-    taken = [name for name in ("plan", "explain", "verify", "close") if hasattr(cls, name)]
+    taken = [name for name in ("plan", "explain", "verify", "train_step", "close") if hasattr(cls, name)]
     if taken:
         raise InputError(
             f"{cls.__name__} already has {', '.join(taken)}, which the parallel module adds; rename it in a subclass, since one of "

@@ -17,6 +17,7 @@ from ..plan.tactics import RewriteTactic, Tactic
 from .engines import engine_opener
 from .hall import Options
 from .module import ParallelModule, lazy_class, parallel_view
+from .pipeline import PipelineSession, pipeline_tactic
 from .session import Session
 from .state import PiecewiseState, WholeState
 
@@ -43,6 +44,7 @@ def parallelize(
     example_args, example_kwargs: inputs of one call, to compile now rather than at the first call.
     tactics: ``"auto"``, or a list such as ``[DataParallel("dp"), TensorParallel("tp")]``; the planner decides what it leaves open.
     A ``Rewrites(before=..., after=...)`` among them adds passes of your own.
+    A mesh axis ``pp`` makes a pipeline of the model, see ``PipelineParallel``: train it with ``train_step``.
     engine: ``"local"`` (ranks are processes of this machine), ``"sim"`` (all ranks in this process), ``"attach"`` (this process is
     one rank, started by torchrun or SLURM), or an engine of your own.
     constraints: parameter or input name (globs) -> placements, such as ``{"layers.*.up.weight": "tp:S(0)"}``.
@@ -57,16 +59,24 @@ def parallelize(
     Raises InputError for arguments that cannot be right, CaptureError where the model cannot be traced, PlanError where the
     constraints contradict each other, VerificationError where a rewrite is not proven, RunError where a rank fails.
     """
-    session = open_session(
-        model,
-        mesh,
-        tactics=tactics,
-        engine=engine,
-        constraints=constraints,
-        verify=verify,
-        memory_limit=memory_limit,
-        inductor=inductor,
-    )
+    pipelined = pipeline_tactic(Mesh.parse(mesh), _check_tactics(tactics))
+    session: Session | PipelineSession
+    if pipelined is not None:
+        _check_model(model)
+        if constraints or memory_limit is not None or inductor:
+            raise InputError("a pipeline takes no constraints, memory_limit or inductor; see the options of PipelineParallel")
+        session = PipelineSession(model, Mesh.parse(mesh), pipelined, engine, verify)
+    else:
+        session = open_session(
+            model,
+            mesh,
+            tactics=tactics,
+            engine=engine,
+            constraints=constraints,
+            verify=verify,
+            memory_limit=memory_limit,
+            inductor=inductor,
+        )
     if example_args or example_kwargs:
         try:
             session.prepare(tuple(example_args), dict(example_kwargs or {}), mode=model.training)
@@ -90,6 +100,8 @@ def open_session(
     """Check the arguments of ``parallelize`` and open a session on a fresh engine; nothing is compiled yet."""
     _check_model(model)
     shape = Mesh.parse(mesh)
+    if pipeline_tactic(shape, _check_tactics(tactics)) is not None:
+        raise InputError(f"a pipeline (mesh {shape}) is opened by hocket.parallelize, and trained with its train_step(...)")
     attached = engine == "attach"
     options = Options(
         mesh=shape,

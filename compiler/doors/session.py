@@ -71,6 +71,13 @@ class Session:
             self.engine.release(call.ticket)
         return loaded.rebuild(outputs)
 
+    def train_step(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
+        """Only a pipeline has a training step of its own."""
+        raise InputError(
+            f'train_step(...) is for pipelines (mesh="pp=2"); on mesh {self.options.mesh} call the model and loss.backward(), or '
+            "use hocket.train_step to have the optimizer on the ranks too"
+        )
+
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, mode: bool) -> Loaded:
         """The specialisation for this form of call, compiled now if it is new. mode: the module's train/eval mode."""
         self.check_open()

@@ -1,0 +1,127 @@
+"""From a captured step to a chain of units that stages are made of, and from stages back to nodes.
+
+The forward is cut, in the order in which it was captured, wherever fewer bytes cross than just before or after: between layers,
+after residual additions. What lies between two cuts is a unit; its backward is placed by the rules by which stages are
+(``passes.pipeline_place``), so a unit's cost is that of a stage made of it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from ...passes.backward_split_choice import base_of
+from ...passes.backward_split_costs import Costs, is_alias, stored_bytes
+from ...passes.pipeline_drafts import gradients_of
+from ...passes.pipeline_place import place, portable_nodes
+from ..errors import InputError
+from ..plan.pipeline.chain import balance
+from ..plan.pipeline.costs import StageCosts
+from ..program import Phase, Program, copy_program, note
+from ..stages import PartKind, StageProgram
+
+MOST_UNITS = 200
+
+
+@dataclass(frozen=True)
+class Units:
+    """of: forward node -> unit; work: seconds of forward and backward of each; crossing: bytes that pass from each to the next."""
+
+    of: dict[str, int]
+    work: tuple[float, ...]
+    crossing: tuple[int, ...]
+
+
+def units_of(program: Program, costs: Costs) -> Units:
+    """The units of a step whose backward is split, or of a forward alone."""
+    portable = portable_nodes(program)
+    calls = [
+        node
+        for node in program.nodes
+        if node.op == "call_function" and note(node).phase is Phase.FORWARD and not is_alias(node) and node not in portable
+    ]
+    crossing = _crossing(calls)
+    cuts = _narrow_places(crossing)
+    of: dict[str, int] = {}
+    unit = 0
+    for position, node in enumerate(calls):
+        of[node.name] = unit
+        unit += position in cuts
+    work = _work(program, of, unit + 1, costs)
+    return Units(of, tuple(work), tuple(crossing[cut] for cut in sorted(cuts)))
+
+
+def partition(program: Program, stages: int, costs: Costs) -> dict[str, int]:
+    """Forward node -> stage: contiguous stages whose slowest, with what it sends, is as fast as can be.
+
+    InputError where the model has fewer units than stages.
+    """
+    units = units_of(program, costs)
+    if len(units.work) < stages:
+        raise InputError(
+            f"the model falls into {len(units.work)} parts that can be stages (layers, or pieces between them), fewer than the "
+            f"{stages} stages asked for: ask for at most {len(units.work)} stages"
+        )
+    sends = [bytes_ * costs.seconds_per_byte() * 4 for bytes_ in units.crossing]  # copied out and in, on both sides
+    bounds = (0, *balance(units.work, sends, stages), len(units.work))
+    stage_of = [stage for stage in range(stages) for _ in range(bounds[stage], bounds[stage + 1])]
+    return {name: stage_of[unit] for name, unit in units.of.items()}
+
+
+def _crossing(calls: Sequence[fx.Node]) -> list[int]:
+    """Bytes made at or before each position and read after it."""
+    last: dict[fx.Node, int] = {}
+    for position, node in enumerate(calls):
+        for source in node.all_input_nodes:
+            last[base_of(source)] = position
+    change = [0] * (len(calls) + 1)
+    for position, node in enumerate(calls):
+        if last.get(node, position) > position:
+            size = stored_bytes(node)
+            change[position] += size
+            change[last[node]] -= size
+    total, found = 0, []
+    for entry in change[: len(calls)]:
+        total += entry
+        found.append(total)
+    return found
+
+
+def _narrow_places(crossing: Sequence[int]) -> set[int]:
+    """Positions where something crosses, and no more than at both neighbours; of equal neighbours the first."""
+    narrow = [
+        position
+        for position in range(len(crossing) - 1)
+        if 0 < crossing[position] <= crossing[position + 1] and (position == 0 or crossing[position] < crossing[position - 1])
+    ]
+    return set(sorted(narrow, key=lambda position: (crossing[position], position))[: MOST_UNITS - 1])
+
+
+def _work(program: Program, of: dict[str, int], count: int, costs: Costs) -> list[float]:
+    copy, _ = copy_program(program)
+    placement = place(copy, of, gradients_of(copy))
+    work = [0.0] * count
+    for node, unit in placement.stages.items():
+        work[unit] += costs.seconds(node)
+    return work
+
+
+def stage_costs(stage: StageProgram, costs: Costs) -> StageCosts:
+    """Predicted costs of a stage, from the nodes of its parts and what it holds."""
+
+    def seconds(kind: PartKind) -> list[float]:
+        return [sum(costs.seconds(node) for node in part.program.nodes) for part in stage.of(kind)]
+
+    weights = seconds(PartKind.BACKWARD_WEIGHT) or [0.0]
+    backward = stage.of(PartKind.BACKWARD_INPUT)
+    held = sum(value.bytes for value in stage.held_after(PartKind.BACKWARD_INPUT)) if backward else 0
+    return StageCosts(
+        forward=sum(seconds(PartKind.FORWARD)),
+        backward_input=sum(seconds(PartKind.BACKWARD_INPUT)),
+        backward_weight=tuple(weights),
+        activation=float(sum(value.bytes for value in stage.held_after(PartKind.FORWARD))),
+        held=tuple(held / len(weights) for _ in weights),
+        boundary=float(sum(value.bytes for value in stage.sends)),
+    )
