@@ -44,12 +44,16 @@ def forms(program: RankProgram, site: Site, inputs: Mapping[int, Form]) -> dict[
         for slot, form in inputs.items():
             values[slot] = form.empty()
         for ins in program.instructions:
-            result = _run(ins, values, site)
-            if ins.spread:
-                values.update((slot, element) for slot, element in zip(ins.outputs, result, strict=True) if slot >= 0)
-            else:
-                values[ins.outputs[0]] = result
+            values.update(run_fake(ins, values, site))
     return {slot: Form.of(value) for slot, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def run_fake(ins: Instruction, values: Mapping[int, Any], site: Site) -> list[tuple[int, Any]]:
+    """(slot, value) of what an instruction writes. values: fake tensors by slot; runs under the caller's FakeTensorMode."""
+    result = _run(ins, values, site)
+    if not ins.spread:
+        return [(ins.outputs[0], result)]
+    return [(slot, element) for slot, element in zip(ins.outputs, result, strict=True) if slot >= 0]
 
 
 def filled(template: Any, values: Mapping[int, Any], site: Site) -> Any:

@@ -144,26 +144,40 @@ class Estimator:
         if self.symbolic:
             plain = NumericSizes(self.view, self.mesh)
             numeric = list(_lives(self.view, self.nodes, self.results, lambda value, layout: plain.local(value, layout)))
-        change: Counter[int] = Counter()
-        for life in numeric:
-            change[life.born] += life.tensor.nbytes
-            change[life.dies + 1] -= life.tensor.nbytes
-        held = peak = 0
-        fullest = 0
-        for moment in sorted(change):
-            held += change[moment]
-            if held > peak:
-                peak, fullest = held, moment
+        fullest = _fullest(numeric)
         return sum(life.tensor.nbytes for life in lives if life.born <= fullest <= life.dies)
+
+    def held_at_peak(self) -> frozenset[int]:
+        """The values that are held, in the layout in which they are made, when most bytes are."""
+        lives = list(_lives(self.view, self.nodes, self.results, lambda value, layout: self.sizes.local(value, layout)))
+        fullest = _fullest(lives)
+        return frozenset(life.value for life in lives if life.is_as_made and life.born <= fullest <= life.dies)
 
 
 @dataclass(frozen=True)
 class _Life:
-    """A buffer and the first and last moment (site index) at which it is held."""
+    """A buffer and the first and last moment (site index) at which it is held. value: what lies in it; is_as_made: not a copy that
+    a redistribution made."""
 
     tensor: LocalTensor
     born: int
     dies: int
+    value: int
+    is_as_made: bool
+
+
+def _fullest(lives: Sequence[_Life]) -> int:
+    """The first moment at which most bytes are held."""
+    change: Counter[int] = Counter()
+    for life in lives:
+        change[life.born] += life.tensor.nbytes
+        change[life.dies + 1] -= life.tensor.nbytes
+    held = peak = fullest = 0
+    for moment in sorted(change):
+        held += change[moment]
+        if held > peak:
+            peak, fullest = held, moment
+    return fullest
 
 
 def _lives(
@@ -198,7 +212,8 @@ def _lives(
         for slot, value in enumerate(site.uses if site.is_input else ()):
             hold(value, wanted_layout(view, nodes, results, index, slot), end)
     for (value, layout), first in born.items():
-        yield _Life(local(value, layout), first, dies[(value, layout)])
+        as_made = layout == made_layout(view, nodes, value)
+        yield _Life(local(value, layout), first, dies[(value, layout)], value, as_made)
 
 
 def estimate(

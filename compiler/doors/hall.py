@@ -12,11 +12,13 @@ from typing import Any
 
 from ...passes.shard import Shard
 from ...runtime.engines.base import Engine
+from ...runtime.footprint import peak_bytes
 from ...runtime.mesh import Mesh
 from ...runtime.program import RankProgram
 from ..contract import Context, Pass
 from ..cost.cluster import Cluster
 from ..emit import emit
+from ..errors import PlanError
 from ..passmanager import PassRecord, run_passes
 from ..plan.plan import Plan
 from ..plan.planner import plan
@@ -115,10 +117,22 @@ def compile_program(
     lowered, records = run_passes(rewritten, (Shard(), *options.after), placed, level=options.level, retrace=small)
     marks.append(time.perf_counter())
     instructions = emit(lowered)
+    if options.memory_limit is not None:
+        _check_footprint(instructions, options.memory_limit)
     marks.append(time.perf_counter())
     stages = ("rewrite", "plan", "passes and proof", "emit")
     seconds = dict(zip(stages, (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return Compiled(program, rewritten, chosen, lowered, (*early, *records), instructions, seconds, smaller, small)
+
+
+def _check_footprint(instructions: RankProgram, limit: int) -> None:
+    """The plan kept the limit in program order; the list that ranks run must keep it too."""
+    held = peak_bytes(instructions)
+    if held > limit:
+        raise PlanError(
+            f"memory_limit is {limit} bytes a rank; the plan keeps it, but the lowered program holds {held}: "
+            f"give a limit of {held}, or use more ranks"
+        )
 
 
 def prove_again(compiled: Compiled, options: Options, level: str) -> Verdict:

@@ -49,7 +49,8 @@ def parallelize(
     one rank, started by torchrun or SLURM), or an engine of your own.
     constraints: parameter or input name (globs) -> placements, such as ``{"layers.*.up.weight": "tp:S(0)"}``.
     verify: how much to prove after every pass, "off", "types", "float", "ring" or "full"; None asks the environment variable
-    HOCKET_VERIFY. memory_limit: most bytes a rank may hold.
+    HOCKET_VERIFY. memory_limit: most bytes a rank may hold at once: parameters, inputs, saved activations, gradients, and the
+    optimizer's state in ``hocket.train_step`` (an optimizer of your own is outside the ranks).
     inductor: whether the ranks compile what lies between two collectives with torch's Inductor. Needs a C++ compiler; results
     agree up to rounding. Compiling takes seconds to minutes the first time; ``explain()`` says what was compiled.
 

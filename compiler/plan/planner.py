@@ -2,7 +2,7 @@
 
 One axis: the exact minimum, by variable elimination. Several axes: one axis after the other, each exactly given the rest, until
 no axis improves (coordinate descent on whole layouts); the certificate then bounds what that may have missed by what computing
-alone costs. A memory limit is met by charging for stored bytes, at the lowest charge tried that meets it.
+alone costs. A memory limit is met by charging for what is held (``memory``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ...runtime.mesh import Mesh
 from ..collector import without_collector
 from ..cost.cluster import COLLECTIVES, Cluster
 from ..cost.estimate import estimate
+from ..cost.transfer import TransferPrices
 from ..errors import InputError, PlanError
 from ..layout import Partial, Placement, Shard, format_layout
 from ..program import Program, RoleKind
@@ -24,6 +25,7 @@ from ..rules.rule import Rule
 from . import reasons
 from .constraints import Restriction, port_restrictions, products_cutting, tactics_by_axis
 from .elimination import LARGE, LARGEST, SMALL, Infeasible, Solution, minimise
+from .memory import plan_within
 from .plan import Certificate, NodePlan, Plan
 from .problem import (
     AVOIDED,
@@ -31,6 +33,7 @@ from .problem import (
     AxisProblem,
     Choice,
     Labels,
+    MemoryCharge,
     Pricing,
     ProblemBuilder,
     Rules,
@@ -42,9 +45,6 @@ from .tactics import Auto, Promises, Tactic
 from .view import Site, View, view_program
 
 MAX_ROUNDS = 6
-_CHARGES = tuple(10.0**exponent for exponent in range(-14, -5))
-"""Seconds charged per stored byte, tried from low to high until a memory limit is met."""
-
 Candidates = list[list[tuple[Rule, ...]]]
 """Per axis and site, the rules that may be chosen."""
 
@@ -84,7 +84,9 @@ def plan(
     restrictions = port_restrictions(view, mesh, chosen, constraints or {}, outputs, cut_weights)
     candidates = [_without_unmade(view, _with_ports(view, *pair)) for pair in zip(of_ops, restrictions, strict=True)]
     search = _Search(view, mesh, cluster, rules, chosen, restrictions, candidates)
-    return search.limited(memory_limit) if memory_limit is not None else search.plan(search.best())
+    if memory_limit is None:
+        return search.charged(None)
+    return plan_within(memory_limit, search.charged, view, TransferPrices(mesh, cluster))
 
 
 def _op_candidates(view: View, mesh: Mesh, rules: Rules) -> Candidates:
@@ -176,9 +178,9 @@ class _Search:
     restrictions: list[dict[int, Restriction]]
     candidates: Candidates
 
-    def best(self, stored_byte: float = 0.0) -> _Found:
+    def best(self, charge: MemoryCharge | None) -> _Found:
         """The best choices found; exact on one axis."""
-        pricing = Pricing(self.view, self.mesh, self.cluster, self.tactics, stored_byte)
+        pricing = Pricing(self.view, self.mesh, self.cluster, self.tactics, charge or MemoryCharge())
         builder = ProblemBuilder(pricing)
         axes = range(len(self.mesh.axes))
         told = [axis for axis in axes if not isinstance(self.tactics[axis], Auto)]
@@ -305,26 +307,9 @@ class _Search:
                 known[key] = min(pricing.site_seconds(site, choice) for choice in itertools.product(*combinations))
         return known[key]
 
-    def limited(self, limit: int) -> Plan:
-        """A plan that holds at most ``limit`` bytes at once. Raises PlanError when none is found."""
-        free = self.plan(self.best())
-        if free.cost.peak_bytes <= limit:
-            return free
-        least = free.cost.peak_bytes
-        for charge in _CHARGES:
-            found = self.plan(self.best(charge), charged=True)
-            least = min(least, found.cost.peak_bytes)
-            if found.cost.peak_bytes <= limit:
-                certificate = Certificate(
-                    found.cost.seconds,
-                    min(free.certificate.lower_bound, found.cost.seconds),
-                    "charge per stored byte; bound: without the limit",
-                )
-                return Plan(found.mesh, found.nodes, found.results, found.cost, certificate, found.decisions)
-        raise PlanError(
-            f"memory_limit is {limit} bytes a rank, but the least that a plan on mesh {self.mesh} was found to hold is "
-            f"{least:.0f}: use more ranks, smaller inputs, or leave axes and parameters free of tactics and constraints"
-        )
+    def charged(self, charge: MemoryCharge | None) -> Plan:
+        """The plan under a charge for held bytes."""
+        return self.plan(self.best(charge), charged=charge is not None)
 
     def plan(self, found: _Found, *, charged: bool = False) -> Plan:
         """The Plan of some choices, with its cost and reasons."""

@@ -24,7 +24,7 @@ from ..layout import Layout, Partial, Placement, Replicate, Shard, local_shape
 from ..rules.rule import Rule
 from .elimination import INFINITE, Factor, Table
 from .tactics import Move, Tactic
-from .view import STORED, Site, TensorType, Value, View
+from .view import Site, TensorType, Value, View
 
 UNIT = 1e-10
 """Seconds of one cost unit."""
@@ -96,11 +96,19 @@ def fits(shape: Sequence[int], layout: Layout, mesh: Mesh) -> bool:
     return len(kinds) <= 1
 
 
-class Pricing:
-    """Labels and prices on one mesh, shared by all axes and rounds. stored_byte: seconds charged per byte of a stored input."""
+@dataclass(frozen=True)
+class MemoryCharge:
+    """Seconds charged per byte of the values that are held when most is (inputs, saved activations, gradients)."""
 
-    def __init__(self, view: View, mesh: Mesh, cluster: Cluster, tactics: Sequence[Tactic], stored_byte: float = 0.0) -> None:
-        self.view, self.mesh, self.cluster, self.tactics, self.stored_byte = view, mesh, cluster, tactics, stored_byte
+    per_byte: float = 0.0
+    values: frozenset[int] = frozenset()
+
+
+class Pricing:
+    """Labels and prices on one mesh, shared by all axes and rounds."""
+
+    def __init__(self, view: View, mesh: Mesh, cluster: Cluster, tactics: Sequence[Tactic], charge: MemoryCharge) -> None:
+        self.view, self.mesh, self.cluster, self.tactics, self.charge = view, mesh, cluster, tactics, charge
         self.transfers = TransferPrices(mesh, cluster)
         self._labels: dict[object, Labels | None] = {}
         self._whole: dict[tuple[int, int], Rule] = {}
@@ -118,7 +126,7 @@ class Pricing:
     def labels(self, site: Site, axis: int, candidates: tuple[Rule, ...], choice: Choice) -> Labels | None:
         """The candidates that go with the choice on the other axes; None when none does."""
         others = tuple(None if i == axis else id(rule) for i, rule in enumerate(choice))
-        key = (site.signature, len(site.uses), axis, id(candidates), others)
+        key = (site.signature, len(site.uses), axis, id(candidates), others, *(v in self.charge.values for v in site.makes))
         if key not in self._labels:
             self._labels[key] = self._make_labels(site, axis, candidates, choice)
         return self._labels[key]
@@ -140,7 +148,7 @@ class Pricing:
             return None
         return Labels(
             tuple(rule for rule, *_ in kept),
-            np.array([round(self.site_seconds(site, joint) / UNIT) for *_, joint in kept], dtype=np.int64),
+            np.array([round(self._charged_seconds(site, joint) / UNIT) for *_, joint in kept], dtype=np.int64),
             tuple(tuple(wants[slot] for _, wants, _, _ in kept) for slot in range(len(site.uses))),
             tuple(
                 None if value is None else tuple(m for _, _, makes, _ in kept if (m := makes[output]) is not None)
@@ -148,31 +156,31 @@ class Pricing:
             ),
         )
 
+    def _charged_seconds(self, site: Site, choice: Choice) -> float:
+        """Time of an op, and what the bytes of its values are charged."""
+        seconds = self.site_seconds(site, choice)
+        for output, value in enumerate(site.makes):
+            layout = output_layout(choice, output)
+            if value in self.charge.values and value is not None and layout is not None:
+                seconds += self.charge.per_byte * float(self._local(self.view.values[value].type, layout).nbytes)
+        return seconds
+
     def site_seconds(self, site: Site, choice: Choice) -> float:
-        """Predicted time of an op on its local shapes; for stored inputs, what their bytes are charged."""
+        """Predicted time of an op on its local shapes; ports take none."""
+        if not site.is_op:
+            return 0.0
         key = (site.signature, len(site.uses), *map(id, choice))  # rules live as long as the candidates do
         known = self._seconds.get(key)
         if known is None:
-            known = self._seconds[key] = self._site_seconds(site, choice)
+            known = self._seconds[key] = self._op_seconds(site, choice)
         return known
 
-    def _site_seconds(self, site: Site, choice: Choice) -> float:
-        if site.is_op:
-            done = self.site_work(site, choice)
-            if done.is_view:
-                return 0.0
-            dtypes = [self.view.values[v].type.dtype for v in (*site.uses, *(v for v in site.makes if v is not None))]
-            return self.cluster.op_seconds(float(done.flops), float(done.bytes_moved), dtypes[0]) if dtypes else 0.0
-        layout = output_layout(choice, 0) if site.is_input else None
-        if (
-            self.stored_byte
-            and layout is not None
-            and site.role is not None
-            and site.role.kind in STORED
-            and site.makes[0] is not None
-        ):
-            return self.stored_byte * float(self._local(self.view.values[site.makes[0]].type, layout).nbytes)
-        return 0.0
+    def _op_seconds(self, site: Site, choice: Choice) -> float:
+        done = self.site_work(site, choice)
+        if done.is_view:
+            return 0.0
+        dtypes = [self.view.values[v].type.dtype for v in (*site.uses, *(v for v in site.makes if v is not None))]
+        return self.cluster.op_seconds(float(done.flops), float(done.bytes_moved), dtypes[0]) if dtypes else 0.0
 
     def site_work(self, site: Site, choice: Choice) -> Work:
         """Flops and bytes of an op on its local shapes."""
