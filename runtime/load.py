@@ -18,16 +18,18 @@ from .errors import ProgramError
 from .ops import COLLECTIVES, WAIT, resolve
 from .program import Instruction, RankProgram
 from .templates import Site, fold, is_rank_dependent
+from .tile_loop import TILE_LOOP, TileLoop, read_tile_loop
 
-COMPUTE, WAITING = "compute", "wait"
+COMPUTE, WAITING, TILES = "compute", "wait", "tiles"
 """Kinds of a step; the other kinds are methods of ``Communicator``."""
 
 
 class Step(NamedTuple):
     """One instruction on one rank.
 
-    kind: COMPUTE, WAITING or a method of ``Communicator``; call: the function of a COMPUTE step, None otherwise; inputs: positions
-    in the frame; output: the slot of the result, -1 when the result is spread over ``spread``; frees: slots to drop afterwards.
+    kind: COMPUTE, WAITING, TILES (one of ``LoadedProgram.loops``) or a method of ``Communicator``; call: the function of a COMPUTE
+    step, None otherwise; inputs: positions in the frame; output: the slot of the result, -1 when the result is spread over
+    ``spread``; frees: slots to drop afterwards.
     """
 
     index: int  # type: ignore[assignment]  # a tuple has a method of that name
@@ -44,7 +46,7 @@ class LoadedProgram:
     """A program made ready for one rank.
 
     steps: one per instruction; constants: the values at frame positions ``program.slots`` and up, as this rank has them; varying:
-    the templates of those that differ between ranks, by position.
+    the templates of those that differ between ranks, by position; loops: the tile loops, by instruction.
     """
 
     program: RankProgram
@@ -53,6 +55,7 @@ class LoadedProgram:
     steps: tuple[Step, ...]
     constants: tuple[Any, ...]
     varying: dict[int, Any]
+    loops: dict[int, TileLoop]
 
     def new_frame(self) -> list[Any]:
         """Values of an empty frame: no slot is set, constants are in place."""
@@ -72,7 +75,7 @@ def load(
         steps = tuple(loader.step(index, ins) for index, ins in enumerate(program.instructions))
     except TypeError as error:
         raise ProgramError(f"an argument of the program is malformed: {error}") from error
-    return LoadedProgram(program, rank, loader.site, steps, tuple(loader.constants), loader.varying)
+    return LoadedProgram(program, rank, loader.site, steps, tuple(loader.constants), loader.varying, loader.loops)
 
 
 class _Loader:
@@ -81,6 +84,7 @@ class _Loader:
         self.slots = program.slots
         self.constants: list[Any] = []
         self.varying: dict[int, Any] = {}
+        self.loops: dict[int, TileLoop] = {}
         self._interned: dict[tuple[type, Any], int] = {}
         self._bound: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -92,6 +96,10 @@ class _Loader:
             return Step(index, collective.method, None, inputs, output, spread, ins.frees)
         if ins.op == WAIT:
             return Step(index, WAITING, None, (self._position(ins.args[0]),), output, spread, ins.frees)
+        if ins.op == TILE_LOOP:
+            operands, *words = ins.args
+            self.loops[index] = read_tile_loop(*words)
+            return Step(index, TILES, None, tuple(self._position(t) for t in operands), output, spread, ins.frees)
         call = resolve(ins.op)
         positions = self._flat_positions(ins.args)
         if positions is not None and ins.kwargs:

@@ -22,6 +22,7 @@ import torch
 from ..contract import Approx, Contract, Equal, Spec
 from ..errors import HocketError, InputError, UnsupportedError
 from ..program import Program
+from ..tiles import written_out
 from .counterexample import Counterexample, counterexample
 from .differential import float_level
 from .lowered import with_whole_inputs
@@ -255,8 +256,9 @@ def policy(name: str | None = None) -> tuple[str, tuple[Level, ...]]:
 
 
 def ask(question: Question, levels: tuple[Level, ...]) -> Verdict:
-    """Ask the levels in order and stop at the first fault."""
+    """Ask the levels in order and stop at the first fault. Tile loops are judged tile by tile, written out in plain ops."""
     found: tuple[LevelResult, ...] = ()
+    question = question.mapped(written_out)
     for level in levels:
         start = time.process_time()
         result = level(question, found)

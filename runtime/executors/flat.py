@@ -17,9 +17,10 @@ import torch
 
 from ..communicator import Communicator
 from ..errors import InputError, RunError
-from ..load import COMPUTE, WAITING, LoadedProgram, Step
+from ..load import COMPUTE, TILES, WAITING, LoadedProgram, Step
 from ..program import Segment
 from .failure import rank_failed
+from .tile_runner import TileRunner
 
 UNSHAPED = frozenset(("all_to_all", "send", "recv"))
 """Collectives whose input shape may differ between the ranks of a group."""
@@ -95,6 +96,7 @@ class FlatExecutor:
         self.monitor = monitor
         self.stamps: list[Stamp] | None = None
         schedule = schedule or (lambda segment: loaded.steps[segment.start : segment.stop])
+        self._tiles = TileRunner.of(communicator)
         self._code = {s.name: tuple(map(self._bind, schedule(s))) for s in self.program.segments}
 
     def open(self, inputs: Sequence[torch.Tensor | None]) -> Frame:
@@ -155,6 +157,8 @@ class FlatExecutor:
         call = step.call
         if step.kind == WAITING:
             call = self.communicator.wait
+        elif step.kind == TILES:
+            call = self._tiles.bind(self.loaded.loops[step.index], self.loaded.site)
         elif step.kind != COMPUTE:
             call = getattr(self.communicator, step.kind)
         assert call is not None
@@ -217,6 +221,9 @@ class FlatExecutor:
             monitor.wait(index)
             return
         ins = self.program.instructions[index]
+        if kind == TILES:
+            monitor.issue(index, zlib.crc32(repr(ins.args[1:]).encode()))
+            return
         tensor = values[self.loaded.steps[index].inputs[0]]
         shape = "" if kind in UNSHAPED else tuple(tensor.shape)
         monitor.issue(index, zlib.crc32(f"{ins.op}{ins.args[-1]}{shape}{tensor.dtype}".encode()))

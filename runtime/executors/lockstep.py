@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from ..errors import CollectiveMismatch, InputError
-from ..load import COMPUTE, WAITING, LoadedProgram, Step, load
+from ..load import COMPUTE, TILES, WAITING, LoadedProgram, Step, load
 from ..ops import RECV, SEND, is_random
 from ..program import RankProgram
 from ..templates import Site, fold
+from ..tile_loop import TILE_LOOP
 from .failure import rank_failed
 from .rendezvous import SAME_RESULT, disagreement, group_results
 from .spread import Partitions, Spread
 from .strands import Row, StrandExecutor, prepare
+from .tile_ranks import TogetherLoops
+from .tiles import ReadyLoop
 
 
 def run_lockstep(
@@ -53,6 +56,8 @@ def lockstep_executor(
     if not programs or len(programs) != programs[0].mesh.size or len({p.mesh for p in programs}) != 1:
         raise InputError(f"expected one program per rank of one mesh, found {len(programs)}")
     shared = all(p is programs[0] for p in programs)
+    if not shared and any(ins.op == TILE_LOOP for p in programs for ins in p.instructions):
+        raise InputError("ranks that run programs of their own (pipeline stages) cannot run tile loops; leave OverlapTiles() out")
     if shared and not any(ins.op in (SEND, RECV) for ins in programs[0].instructions):
         return LockstepExecutor(programs[0], dtype=dtype)
     return StrandExecutor(programs, dtype=dtype)
@@ -79,7 +84,9 @@ class LockstepExecutor:
         self.dtype = dtype
         self.partitions = Partitions(program.mesh)
         self.loaded: LoadedProgram = load(program, 0, floating=dtype)
-        self._random = {op for op in {ins.op for ins in program.instructions} if is_random(op)}
+        self._loops: dict[int, ReadyLoop] = {}
+        self._groups: dict[tuple[str, tuple[int, ...]], TogetherLoops] = {}
+        self._random = {op for op in {ins.op for ins in program.instructions} if op != TILE_LOOP and is_random(op)}
         self._template = [None] * program.slots + [Spread(self.partitions.whole, [c]) for c in self.loaded.constants]
         sites = [Site.of(program.mesh, rank, floating=dtype) for rank in range(program.mesh.size)]
         for position, template in self.loaded.varying.items():
@@ -122,6 +129,8 @@ class LockstepExecutor:
             result = self._compute(values, step)
         elif step.kind == WAITING:
             result = values[step.inputs[0]]
+        elif step.kind == TILES:
+            result = self._tile_loop(values, step)
         else:
             result = self._collective(values, step)
         if step.output >= 0:
@@ -173,6 +182,21 @@ class LockstepExecutor:
             return Spread(groups.same, [results[0] for results in found])
         where = [self.program.mesh.coordinate(rank)[axis] for rank in groups.own.firsts]
         return Spread(groups.own, [found[groups.same.of[rank]][i] for rank, i in zip(groups.own.firsts, where, strict=True)])
+
+    def _tile_loop(self, values: list[Any], step: Step) -> Spread:
+        """Every rank by itself, since each works on the chunks in an order of its own."""
+        ready = self._loops.setdefault(step.index, ReadyLoop(self.loaded.loops[step.index], self.loaded.site))
+        found: list[Any] = [None] * self.program.mesh.size
+        for members in self.program.mesh.groups(ready.loop.axis):
+            group = self._groups.setdefault((ready.loop.axis, members), TogetherLoops(len(members)))
+            operands = [[values[position].at(rank) for position in step.inputs] for rank in members]
+            try:
+                results = group.run(ready, operands)
+            except Exception as error:
+                raise rank_failed(self.program, members[0], step.index, error) from error
+            for rank, made in zip(members, results, strict=True):
+                found[rank] = made
+        return Spread(self.partitions.finest, found)
 
     def _check(self, step: Step, members: tuple[int, ...], tensors: list[torch.Tensor], extras: list[tuple[Any, ...]]) -> None:
         wrong = disagreement(step.kind, tensors, extras)

@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 
 from ..communicator import Communicator
-from ..errors import RankFailed
 from ..templates import Site
 from ..tile_loop import TileLoop, narrow, place
 from ..tile_schedule import HALVES, Step, steps
@@ -286,9 +285,3 @@ def run_whole(loop: TileLoop, body: TileBody, operands: Sequence[torch.Tensor], 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
-
-
-def failed_step(rank: int, step: Step, error: Exception) -> RankFailed:
-    """The error of a tile loop, with the peer, chunk and tile that it happened at."""
-    what = f"{step.kind} for peer {step.peer}" if step.peer >= 0 else step.kind
-    return RankFailed(f"rank {rank}: tile loop stopped at {what}, chunk {step.chunk}, tile {step.tile}: {error}", rank=rank)

@@ -1,0 +1,106 @@
+"""Tile loops of one rank over its transport: buffers by axis, signals in place of collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import cast
+
+import torch
+
+from ..communicator import Communicator
+from ..errors import RankHung, RunError
+from ..templates import Site
+from ..tile_loop import TileLoop
+from ..tile_schedule import Step
+from ..transports.transport import Capability, Symmetric, Transport, TransportError, TransportTimeout
+from .tiles import LoopRun, ReadyLoop, run_whole
+
+_ROUND = 1 << 16
+"""Buffers grow by whole multiples of this, so that loops of about one size share one."""
+
+
+@dataclass
+class _Axis:
+    """The loops of one axis: their buffer, and how many there were."""
+
+    buffer: Symmetric | None = None
+    epoch: int = 0
+
+
+@dataclass
+class TileRunner:
+    """Runs tile loops for executors. transport: None where the ranks share no memory: then a loop is run as what it stands for."""
+
+    communicator: Communicator
+    transport: Transport | None
+    axes: dict[str, _Axis] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, communicator: Communicator) -> TileRunner:
+        """The runner of a communicator; all executors of one share it, since they share its transport."""
+        known = getattr(communicator, "tile_runner", None)
+        if known is not None:
+            return cast(TileRunner, known)
+        found = cast("Transport | None", getattr(communicator, "transport", None))
+        usable = found is not None and Capability.REMOTE_VIEW in found.capabilities
+        runner = cls(communicator, found if usable else None)
+        communicator.tile_runner = runner  # type: ignore[attr-defined]
+        return runner
+
+    def bind(self, loop: TileLoop, site: Site) -> Callable[..., list[torch.Tensor]]:
+        """A function from operands to results."""
+        ready = ReadyLoop(loop, site)
+
+        def run(*operands: torch.Tensor) -> list[torch.Tensor]:
+            return self.run(ready, operands)
+
+        return run
+
+    def run(self, ready: ReadyLoop, operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """One loop. Raises RankHung when a peer does not come in time, TransportError when it is gone."""
+        loop = ready.loop
+        if self.transport is None:
+            return run_whole(loop, ready.body(loop.rows), operands, self.communicator)
+        given = list(operands)
+        if loop.fetches is not None:
+            given[loop.fetches] = given[loop.fetches].contiguous()
+        axis = self.axes.setdefault(loop.axis, _Axis())
+        index = self.transport.mesh.coordinate(self.transport.rank)[loop.axis]
+        work = LoopRun(ready, index, axis.epoch, given)
+        work.memory = self._buffer(axis, loop.axis, work.arena_bytes)
+        axis.epoch += 1
+        for kind, sent in work.sent():
+            self.communicator.wire.count(kind, Fraction(sent))
+        for step in work.work():
+            self._carry_out(loop, step)
+        return work.results()
+
+    def _carry_out(self, loop: TileLoop, step: Step) -> None:
+        assert self.transport is not None
+        if step.kind == "signal":
+            self.transport.signal(step.peer, step.slot, step.value, loop.axis)
+            return
+        try:
+            self.transport.wait(step.peer, step.slot, step.value, loop.axis)
+        except TransportError as error:
+            raise stopped(self.transport.rank, loop, step, error) from error
+
+    def _buffer(self, axis: _Axis, name: str, nbytes: int) -> Symmetric:
+        """The buffer of an axis, made anew when a loop needs more; every rank does so at the same loop."""
+        assert self.transport is not None
+        if axis.buffer is None or axis.buffer.shape[0] < nbytes:
+            if axis.buffer is not None:
+                self.transport.release(axis.buffer)
+            size = -(-nbytes // _ROUND) * _ROUND
+            axis.buffer = self.transport.symmetric(f"tiles {name}", (size,), torch.uint8, name)
+        return axis.buffer
+
+
+def stopped(rank: int, loop: TileLoop, step: Step, error: TransportError) -> RunError | TransportError:
+    """The error of a wait that did not end, with the peer, chunk and tile that it was for."""
+    where = f"rank {rank} waits for index {step.peer} of axis {loop.axis!r} in a tile loop, chunk {step.chunk}, tile {step.tile}"
+    if isinstance(error, TransportTimeout):
+        return RankHung(f"{where}: {error}", rank=rank)
+    return type(error)(f"{where}: {error}")
