@@ -19,7 +19,7 @@ from ...runtime.mesh import Mesh
 from ..errors import CollectiveMismatch, InputError, UnsupportedError, VerificationError
 from ..layout import Layout, Partial, Replicate, assemble, coordinate, cut, format_layout, global_slices
 from ..program import Program, Role, RoleKind, note
-from .together import is_collective, run_collective
+from .together import is_collective, run_collective, run_exchange
 from .widen import widen_call, widen_tensor
 
 Values = list[Any]
@@ -136,6 +136,9 @@ def _run_node(node: fx.Node, values: Mapping[fx.Node, Values], mesh: Mesh, dtype
     try:
         if is_collective(node.target):
             first, *rest = node.args
+            if node.target is torch.ops._c10d_functional.all_to_all_single.default:
+                splits = [tuple(_on_rank(rest[:2], values, rank)) for rank in range(mesh.size)]
+                return list(run_exchange(values[first], splits, mesh, str(rest[2])))  # type: ignore[index]
             return list(run_collective(node.target, values[first], rest, mesh))  # type: ignore[index]
         return _run_ranks_apart(node, values, mesh, dtype)
     except (CollectiveMismatch, UnsupportedError) as error:

@@ -45,6 +45,25 @@ def run_collective(target: Any, values: Values, arguments: Sequence[Any], mesh: 
     return [result for result in results if result is not None]
 
 
+def run_exchange(values: Values, splits: Sequence[tuple[Sequence[int], Sequence[int]]], mesh: Mesh, axis: str) -> Values:
+    """all_to_all_single, whose split sizes may differ from rank to rank. splits: (received, sent) rows per peer, for every rank."""
+    results: list[torch.Tensor | None] = [None] * mesh.size
+    for group in mesh.groups(axis):
+        parts = []
+        for member, rank in enumerate(group):
+            received, sent = splits[rank]
+            rows = values[rank].shape[0]
+            if sum(sent) != rows or len(sent) != len(group) or len(received) != len(group):
+                raise CollectiveMismatch(f"expected {len(group)} splits of {rows} rows, found {list(sent)}")
+            expected = [splits[other][0][member] for other in group]
+            if list(sent) != expected:
+                raise CollectiveMismatch(f"rank {rank} sends {list(sent)} rows to the ranks {list(group)}, which expect {expected}")
+            parts.append(torch.split(values[rank], list(sent)))
+        for member, rank in enumerate(group):
+            results[rank] = torch.cat([part[member] for part in parts])
+    return [result for result in results if result is not None]
+
+
 def reduce_values(values: Sequence[torch.Tensor], operation: str) -> torch.Tensor:
     """Elementwise over ranks, in rank order: sum, avg, max, min or product."""
     result = values[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 from .ops.activations import ACTIVATIONS
 from .ops.attention import ATTENTION
+from .ops.bags import BAGS
 from .ops.chain import CHAIN
 from .ops.decomposed import decompositions
 from .ops.factories import FACTORIES
@@ -31,6 +32,7 @@ FAMILIES: tuple[Mapping[Any, Meaning], ...] = (
     REDUCTIONS,
     VIEWS,
     INDEXING,
+    BAGS,
     LINEAR,
     NORMALISATION,
     ATTENTION,
