@@ -21,6 +21,7 @@ PRINTS = {
     "decorator": ("loss",),
     "own_pass": ("split-silu: ", "applied | silu written as a product | own_pass.py:", "refused: the result of pass split-silu"),
     "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),
+    "sample": ("the same samples: True", "InputError: cond's parameters of position"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
 }
 LOSS_FALLS = ("decorator", "quickstart", "train_step", "torchrun_attach")
