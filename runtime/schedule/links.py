@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..communicator import Communicator, Pending
 from ..errors import RunError
+from ..transports.shm import ShmTransfer, ShmTransport
 from .stage import ValueSpec
 
 MESSAGE_WIDTH = 64
@@ -188,3 +189,45 @@ class GlooLink:
         """See ``Link``."""
         while self._sent:
             self._sent.pop()[0].wait()
+
+
+class ShmLink:
+    """Messages through shared memory along one axis of the transport's mesh; peers are indices on it."""
+
+    def __init__(self, transport: ShmTransport, axis: str) -> None:
+        self._transport = transport
+        self._axis = axis
+        self.pool = BufferPool()
+        self._posted: dict[int, tuple[int, list[tuple[ShmTransfer, ValueSpec]]]] = {}
+        self._sent: list[ShmTransfer] = []
+
+    def post(self, tag: int, peer: int, specs: Sequence[ValueSpec]) -> None:
+        """See ``Link``."""
+        transfers = []
+        for i, spec in enumerate(specs):
+            buffer = self.pool.take(tuple(spec.shape[dim] for dim in spec.dims), spec.dtype)
+            transfers.append((self._transport.irecv(buffer, peer, tag * MESSAGE_WIDTH + i, self._axis), spec))
+        self._posted[tag] = (peer, transfers)
+
+    def send(self, tag: int, peer: int, specs: Sequence[ValueSpec], tensors: Sequence[torch.Tensor]) -> None:
+        """See ``Link``."""
+        for i, (spec, tensor) in enumerate(zip(specs, tensors, strict=True)):
+            transfer = self._transport.isend(spec.on_wire(tensor), peer, tag * MESSAGE_WIDTH + i, self._axis)
+            if not transfer.message.done:
+                self._sent.append(transfer)
+
+    def ready(self, tag: int) -> bool | None:
+        """See ``Link``."""
+        peer, transfers = self._posted[tag]
+        self._transport.mailbox(peer, self._axis).move()
+        return all(transfer.message.done for transfer, _ in transfers)
+
+    def take(self, tag: int) -> list[torch.Tensor]:
+        """See ``Link``. Raises TransportTimeout where the sender never comes."""
+        _, transfers = self._posted.pop(tag)
+        return [spec.from_wire(transfer.wait()) for transfer, spec in transfers]
+
+    def finish(self) -> None:
+        """See ``Link``."""
+        while self._sent:
+            self._sent.pop().wait()

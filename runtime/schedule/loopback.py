@@ -36,7 +36,7 @@ class LoopbackPipeline:
         self._mailbox = mailbox
 
     def step(self, given: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """Run the schedule once. given: per micro-batch, inputs, tangents and seeds by name. RunError where the schedule deadlocks."""
+        """Run the schedule once. given: per micro-batch, inputs, tangents and seeds by name. RunError where it deadlocks."""
         with torch.no_grad(), torch._C._DisableAutocast():
             self._take_turns(given)
         outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(self.schedule.micro_batches)]

@@ -59,7 +59,7 @@ class PipelineRank:
         self._loop = _Loop(self)
 
     def step(self, given: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """Run the schedule once; blocks. given: per micro-batch, inputs, tangents and seeds by name. Returns the outputs of each, by name.
+        """Run the schedule once; blocks. given: per micro-batch, inputs, tangents and seeds by name. Returns the outputs of each.
 
         Raises RankFailed naming the instruction where a part raises; RunErrors of the link pass.
         """

@@ -114,7 +114,10 @@ class StageState:
     filled: set[str] = field(default_factory=set)
 
     def begin(self, given: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Forget the last step. given: per micro-batch, its inputs, tangents and seeds by name. Accumulators keep their memory, not their sums."""
+        """Forget the last step; accumulators keep their memory, not their sums.
+
+        given: per micro-batch, its inputs, tangents and seeds by name.
+        """
         self.values = {}
         self.outputs = {}
         self.kept = {}

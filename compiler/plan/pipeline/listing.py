@@ -15,14 +15,17 @@ from ....runtime.schedule.instruction import Op, ScheduleError
 from .evaluate import Rows
 from .problem import INFINITE, Arrays, need_of_one
 
+_NEVER = (INFINITE, INFINITE, INFINITE)
+
 
 @dataclass(frozen=True)
 class Habit:
     """How choices are made.
 
-    backward_first: I before F where both can run; deep_first: the later of two stages of a rank first; patience: wait for an F or I
-    that arrives within this share of the W that could be run instead; ahead: how many micro-batches a rank starts at most before
-    their backward, beyond those between it and the end (infinite: as memory allows); bias: per operation, added to its urgency.
+    backward_first: I before F where both can run; deep_first: the later of two stages of a rank first; patience: wait for a more
+    urgent operation that arrives within this share of what could be run instead; ahead: how many micro-batches a rank starts at
+    most before their backward, beyond those between it and the end (infinite: as memory allows); bias: per operation, added to its
+    urgency.
     """
 
     backward_first: bool = True
@@ -101,8 +104,8 @@ class _Lister:
             self.next_w[stage] += 1
 
     def choose(self, rank: int, now: float) -> int:
-        """The most urgent operation that can start now, -1 where the rank had better wait."""
-        best, urgency, soonest = -1, (INFINITE,) * 3, INFINITE
+        """The most urgent operation that can start now, -1 where the rank had better wait for one that arrives soon."""
+        best, urgency, later = -1, _NEVER, []
         in_flight = sum(self.next_f[s] - self.next_i[s] for s in self.mine[rank])
         for stage in self.mine[rank]:
             for op, number in self.heads(stage):
@@ -111,18 +114,17 @@ class _Lister:
                     continue
                 if op is Op.I and not self.allows(rank, stage, number):
                     continue
-                if arrival > now + 1e-15:
-                    soonest = min(soonest, arrival)
-                    continue
                 key = self.urgency(op, stage, number)
-                if key < urgency:
+                if arrival > now + 1e-15:
+                    later.append((arrival, key))
+                elif key < urgency:
                     best, urgency = number, key
-        if best >= 0:
-            return best
-        weight = self.oldest_weight(rank)
-        if weight < 0 or soonest - now < self.habit.patience * self.found.seconds[weight]:
+        if best < 0:
+            best = self.oldest_weight(rank)
+        if best < 0:
             return -1
-        return weight
+        until = now + self.habit.patience * self.found.seconds[best]
+        return -1 if any(arrival < until and key < urgency for arrival, key in later) else best
 
     def heads(self, stage: int) -> list[tuple[Op, int]]:
         """The next F and I of a stage."""

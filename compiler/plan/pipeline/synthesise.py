@@ -20,16 +20,17 @@ from .listing import Habit, list_schedule
 from .problem import INFINITE, Arrays, Problem, arrays
 
 HABITS = (
-    Habit(ahead=0.0, patience=0.5),
+    Habit(patience=0.3),
+    Habit(backward_first=False, patience=0.1, ahead=0.0),
+    Habit(backward_first=False, patience=0.6, ahead=0.0),
+    Habit(patience=0.0, ahead=1.0),
+    Habit(patience=0.1),
+    Habit(backward_first=False, patience=1.0, ahead=0.0),
+    Habit(backward_first=False, patience=0.1),
     Habit(),
-    Habit(ahead=1.0, patience=0.5),
-    Habit(patience=1.0),
-    Habit(ahead=0.0),
-    Habit(ahead=2.0, patience=1.0),
-    Habit(backward_first=False, ahead=0.0),
-    Habit(deep_first=False, ahead=0.0, patience=0.5),
+    Habit(deep_first=False, patience=0.5, ahead=0.0),
 )
-"""In the order in which they tend to pay."""
+"""In the order in which each adds most to those before it, over problems of many shapes (together within 0.1 % of forty others)."""
 
 _EXACT_LIMIT = 400
 
@@ -47,7 +48,7 @@ class Synthesis:
     @property
     def gap(self) -> float:
         """How far above the bound, as a share of it."""
-        return self.seconds / self.bound - 1.0 if self.bound else 0.0
+        return max(0.0, self.seconds / self.bound - 1.0) if self.bound else 0.0
 
     def __str__(self) -> str:
         return f"{self.how}: {self.seconds:.6g} s, at most {self.gap:.2%} above the optimum"
@@ -93,12 +94,11 @@ def construct(found: Arrays, bound: float, deadline: float = INFINITE, habits: t
     best = _Best(found, [])
     for number, habit in enumerate(habits):
         best.offer(list_schedule(found, habit), f"list schedule {number}")
+        if not number:
+            for name, order in _known(found):
+                best.offer(order, name)
         if best.seconds <= bound * (1 + 1e-9) or time.monotonic() > deadline:
-            return best
-    for name, order in _known(found):
-        best.offer(order, name)
-        if best.seconds <= bound * (1 + 1e-9) or time.monotonic() > deadline:
-            return best
+            break
     return best
 
 

@@ -1,0 +1,204 @@
+"""Real steps of a Llama-like model on two ranks of one thread each: hocket's schedules, and all of torch.distributed.pipelining.
+
+Every contender takes its turn in each round. hocket plans from the costs that it traced during the first steps, before it is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pipeline_ours import Cut, cut_llama, link_costs, new_link, placement, run, traced_costs
+from pipeline_peers import peers
+
+from hocket.compiler.demo.llama import Llama, LlamaConfig
+from hocket.compiler.plan.pipeline.costs import PipelineCosts
+from hocket.compiler.plan.pipeline.forms import closed_form
+from hocket.compiler.plan.pipeline.improve import Effort
+from hocket.compiler.plan.pipeline.problem import Problem
+from hocket.compiler.plan.pipeline.simulate import simulate
+from hocket.compiler.plan.pipeline.synthesise import synthesise
+from hocket.runtime.schedule.instruction import Schedule
+from hocket.runtime.schedule.run import Stamp
+from hocket.runtime.schedule.text import format_schedule, parse_schedule
+
+HAND = {"1f1b": "straight", "1f1b-2bp": "straight", "zb-h1": "straight", "interleaved": "loop", "zb-v": "v"}
+STAGES = {"straight": 2, "loop": 4, "v": 4}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One measurement. config: of the model; micro_batches: each one sequence; rounds: timed; tables: also the 2BP rows."""
+
+    config: LlamaConfig
+    micro_batches: int
+    rounds: int
+    seconds: float = 4.0
+
+
+@dataclass
+class Found:
+    """What a contest found.
+
+    seconds: of every contender's steps; predicted: before they ran, in_situ: with the costs that they had while they ran; bound: no
+    schedule is faster; chosen: what hocket would run; gradients_agree: largest relative difference of a norm from torch's.
+    """
+
+    seconds: dict[str, list[float]]
+    predicted: dict[str, float]
+    in_situ: dict[str, float]
+    bound: float
+    chosen: str
+    gradients_agree: float
+
+
+def measure(setting: Setting) -> Found:
+    """Run it on two processes."""
+    context = mp.get_context("spawn")
+    queue: Any = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="hocket-bench-") as shared:
+        ranks = [context.Process(target=_rank, args=(rank, (port, shared.name), setting, queue)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        try:
+            found = queue.get(timeout=900)
+        finally:
+            for process in ranks:
+                process.join(timeout=60)
+                process.terminate()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    assert isinstance(found, Found)
+    return found
+
+
+def _rank(rank: int, where: tuple[int, str], setting: Setting, queue: Queue[Any]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(where[0]), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        found = _Contest(rank, setting, where[1]).run()
+        if rank == 0:
+            queue.put(found)
+    except BaseException as error:
+        queue.put(f"rank {rank}: {type(error).__name__}: {error}")
+        raise
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _Contest:
+    """All contenders on one rank."""
+
+    def __init__(self, rank: int, setting: Setting, shared: str) -> None:
+        self.rank, self.setting = rank, setting
+        torch.manual_seed(0)
+        self.model = Llama(setting.config)
+        shape = (setting.micro_batches, setting.config.context)
+        self.tokens = torch.randint(0, setting.config.vocabulary, shape)
+        self.targets = torch.randint(0, setting.config.vocabulary, shape)
+        self.link = new_link(shared)
+        example = (self.tokens[:1], self.targets[:1])
+        mine = {name: [s for s, r in enumerate(placement(name)) if r == rank] for name in STAGES}
+        straight = cut_llama(self.model, example, 2, mine["straight"])
+        v = cut_llama(self.model, example, 4, sorted({*mine["v"], *mine["loop"]}))
+        self.stamps: dict[str, list[Stamp]] = {}
+        self.cuts: dict[str, Cut] = {"straight": straight, "v": v, "loop": v}
+
+    def run(self) -> Found:
+        """Trace, plan, measure."""
+        m = self.setting.micro_batches
+        size = self.setting.config.context * self.setting.config.width * 4
+        link = link_costs(self.link, size)
+        costs = {name: self.traced(closed_form(hand, 2, m), name, link) for name, hand in (("straight", "zb-h1"), ("v", "zb-v"))}
+        schedules = {name: (closed_form(name, 2, m), where) for name, where in HAND.items() if where != "loop" or m % 2 == 0}
+        predicted = {name: simulate(s, costs["v" if w == "loop" else w]).seconds for name, (s, w) in schedules.items()}
+        bound = float("inf")
+        for where in ("straight", "v"):
+            schedule, seconds, least = self.planned(costs[where], where)
+            schedules[f"synthesised, {where}"], predicted[f"synthesised, {where}"] = (schedule, where), seconds
+            bound = min(bound, least)
+        chosen = min(predicted, key=lambda name: predicted[name])
+        contenders: dict[str, Callable[[], object]] = {}
+        for name, (schedule, where) in schedules.items():
+            cut = self.cuts[where]
+            self.stamps[name] = []
+            runner, given = run(schedule, cut, self.link, self.stamps[name]), cut.given(self.tokens, self.targets)
+            contenders[f"hocket {name}"] = lambda runner=runner, given=given: runner.step(given)  # type: ignore[misc]
+        for peer in peers(self.rank, self.model, self.tokens, self.targets):
+            contenders[f"torch {peer.name}"] = peer.step
+        agree = self.agreement(contenders[f"hocket {chosen}"], self.cuts[schedules[chosen][1]], contenders["torch 1F1B"])
+        for stamps in self.stamps.values():
+            stamps.clear()
+        seconds = self.timed(contenders)
+        again = {name: self.predict_again(name, *schedules[name], link) for name in schedules}
+        return Found(seconds, predicted, again, bound, chosen, agree)
+
+    def predict_again(self, name: str, schedule: Schedule, where: str, link: Any) -> float:
+        """The simulator's seconds with the costs that this very schedule had while it was timed."""
+        costs = traced_costs(self.cuts[where], self.stamps[name], link)
+        return simulate(schedule, costs).seconds
+
+    def traced(self, schedule: Schedule, where: str, link: Any) -> PipelineCosts:
+        """Costs of the third and fourth step, after two that warm up."""
+        cut, stamps = self.cuts[where], list[Stamp]()
+        runner = run(schedule, cut, self.link)
+        given = cut.given(self.tokens, self.targets)
+        for step in range(5):
+            runner.stamps = stamps if step >= 2 else None
+            dist.barrier()
+            runner.step(given)
+        return traced_costs(cut, stamps, link)
+
+    def planned(self, costs: PipelineCosts, where: str) -> tuple[Schedule, float, float]:
+        """The schedule found on rank 0, its predicted seconds, and the bound."""
+        message: list[Any] = [None]
+        if self.rank == 0:
+            problem = Problem(costs, placement(where), self.setting.micro_batches)
+            found = synthesise(problem, Effort(self.setting.seconds))
+            message = [(format_schedule(found.schedule), found.seconds, found.bound)]
+        dist.broadcast_object_list(message, 0)
+        text, seconds, bound = message[0]
+        return parse_schedule(text), seconds, bound
+
+    def agreement(self, ours: Callable[[], object], cut: Cut, theirs: Callable[[], object]) -> float:
+        """Largest relative difference of a gradient's norm between hocket and torch, over the parameters of both ranks."""
+        ours()
+        mine: dict[str, float] = {}
+        for state in cut.states.values():
+            for name in state.filled:
+                mine[name] = float(state.gradients[name].double().norm())
+        theirs()
+        other = {name: float(p.grad.double().norm()) for name, p in self.model.named_parameters() if p.grad is not None}
+        everyone: list[Any] = [None, None]
+        dist.all_gather_object(everyone, (mine, other))
+        left, right = everyone[0][0] | everyone[1][0], everyone[0][1] | everyone[1][1]
+        assert left.keys() == right.keys()
+        return max(abs(left[name] / right[name] - 1) for name in left)
+
+    def timed(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of the slower rank, contender after contender in every round; the first two rounds warm up."""
+        found: dict[str, list[float]] = {name: [] for name in contenders}
+        for round_ in range(self.setting.rounds + 2):
+            for name, step in contenders.items():
+                dist.barrier()
+                start = time.perf_counter()
+                step()
+                took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+                dist.all_reduce(took, dist.ReduceOp.MAX)
+                if round_ >= 2:
+                    found[name].append(float(took))
+        return found
