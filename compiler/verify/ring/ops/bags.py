@@ -25,19 +25,22 @@ def _bags(indices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(offsets, torch.arange(indices.shape[0], dtype=offsets.dtype), right=True) - 1
 
 
-def _shares(alg: Algebra, indices: torch.Tensor, bags: torch.Tensor, count: int, options: tuple[int, Value, int]) -> RingTensor:
+def _sizes(indices: torch.Tensor, bags: torch.Tensor, count: int, padding: int) -> torch.Tensor:
+    """How many indices of every bag count."""
+    return torch.zeros(count, dtype=torch.int64).index_add_(0, bags, (indices != padding).long())
+
+
+def _shares(
+    alg: Algebra, indices: torch.Tensor, bags: torch.Tensor, sizes: torch.Tensor, options: tuple[int, Value, int]
+) -> RingTensor:
     """Weight of every index in its bag: 0 for padding, 1 / size for a mean. options: mode, per-sample weights, padding."""
     mode, weights, padding = options
     if mode not in (_SUM, _MEAN):
         raise UnsupportedError("unsupported(_embedding_bag by max): only sums and means of bags have an exact meaning here")
-    counted = (indices != padding).long()
-    share = alg.lift(counted)
+    share = alg.lift((indices != padding).long())
     if weights is not None:
         share = alg.mul(share, weights)
-    if mode == _MEAN:
-        sizes = torch.zeros(count, dtype=torch.int64).index_add_(0, bags, counted).clamp(min=1)
-        share = alg.div(share, alg.lift(sizes[bags]))
-    return share
+    return alg.div(share, alg.lift(sizes.clamp(min=1)[bags])) if mode == _MEAN else share
 
 
 def embedding_bag(
@@ -60,7 +63,8 @@ def embedding_bag(
     )
     starts = offsets[:-1] if include_last_offset else offsets
     bags = _bags(indices, starts)
-    share = _shares(alg, indices, bags, starts.shape[0], (mode, per_sample_weights, padding_idx))
+    sizes = _sizes(indices, bags, starts.shape[0], padding_idx)
+    share = _shares(alg, indices, bags, sizes, (mode, per_sample_weights, padding_idx))
     rows = alg.mul(weight.map(lambda t: t[:, indices]), unsqueeze(alg, share, -1))
     total = alg.full((starts.shape[0], weight.shape[1]), 0, weight.dtype)
     place = bags[:, None].expand(-1, weight.shape[1])
@@ -82,11 +86,11 @@ def embedding_bag_backward(
     per_sample_weights: Value,
     padding_idx: int = -1,
 ) -> RingTensor:
-    """Its backward, where the gradient is dense."""
+    """Its backward, where the gradient is dense; it reads the bags and their sizes from what the forward saved, as torch does."""
     if sparse:
         raise UnsupportedError("unsupported(_embedding_bag_backward): a sparse gradient has no exact meaning here")
-    bags = _bags(indices, offsets)
-    share = _shares(alg, indices, bags, grad.shape[0], (mode, per_sample_weights, padding_idx))
+    bags = offset2bag if offset2bag.shape == indices.shape else _bags(indices, offsets)
+    share = _shares(alg, indices, bags, bag_size, (mode, per_sample_weights, padding_idx))
     rows = alg.mul(grad.map(lambda t: t[:, bags]), unsqueeze(alg, share, -1))
     return embedding_dense_backward(alg, rows, indices, num_weights, padding_idx, scale_grad_by_freq)
 
