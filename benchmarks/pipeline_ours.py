@@ -46,20 +46,23 @@ class Cut:
         return [{"args[0]": tokens[m : m + 1], "args[1]": targets[m : m + 1], **ones} for m in range(tokens.shape[0])]
 
 
-def cut_llama(model: Llama, example: tuple[torch.Tensor, torch.Tensor], stages: int, mine: Sequence[int]) -> Cut:
-    """Cut between layers, as evenly as can be; only this rank's stages are made ready."""
+def cut_llama(
+    model: Llama, example: tuple[torch.Tensor, torch.Tensor], stages: int, mine: Sequence[int], *, split: bool = True
+) -> Cut:
+    """Cut between layers, as evenly as can be; only this rank's stages are made ready. split: the backward, into I and W."""
     program = capture(model, example)
-    split = BackwardSplit()(program, Context(Mesh.parse("d=1"), RuleTable(), Cluster.default()))
+    if split:
+        program = BackwardSplit()(program, Context(Mesh.parse("d=1"), RuleTable(), Cluster.default()))
     stage_of_layer = {layer: stage for stage, layers in enumerate(layer_ranges(len(model.layers), stages)) for layer in layers}
     forward: dict[str, int] = {}
-    for node in split.nodes:
+    for node in program.nodes:
         if node.op == "call_function" and note(node).phase is Phase.FORWARD:
             forward[node.name] = _stage(note(node).module, stage_of_layer, stages)
-    pipeline = cut_stages(split, forward)
+    pipeline = cut_stages(program, forward)
     tensors = {Port("param", name): p.detach().clone() for name, p in model.named_parameters()}
     tensors |= {Port("buffer", name): b for name, b in model.named_buffers()}
     states = {s: StageState(stage_code(pipeline.stages[s], products=True), held_by(pipeline.stages[s], tensors)) for s in mine}
-    return Cut(pipeline, states, tuple(split.signature.inputs_of(RoleKind.TANGENT)))
+    return Cut(pipeline, states, tuple(program.signature.inputs_of(RoleKind.TANGENT)))
 
 
 def _stage(module: str, stage_of_layer: dict[int, int], stages: int) -> int:

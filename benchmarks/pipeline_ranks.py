@@ -32,17 +32,25 @@ from hocket.runtime.schedule.run import Stamp
 from hocket.runtime.schedule.text import format_schedule, parse_schedule
 
 HAND = {"1f1b": "straight", "1f1b-2bp": "straight", "zb-h1": "straight", "interleaved": "loop", "zb-v": "v"}
+TABLE = (("naive", 1), ("gpipe", 2), ("1f1b", 2), ("1f1b", 4))
+"""2BP's rows at two stages: naive, GPipe, 1F1B-1 and 1F1B-2."""
+
 STAGES = {"straight": 2, "loop": 4, "v": 4}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One measurement. config: of the model; micro_batches: each one sequence; rounds: timed; tables: also the 2BP rows."""
+    """One measurement.
+
+    config: of the model; micro_batches: each one sequence; rounds: timed; seconds: of search for a schedule; table: the rows of
+    2BP instead of all schedules.
+    """
 
     config: LlamaConfig
     micro_batches: int
     rounds: int
     seconds: float = 4.0
+    table: bool = False
 
 
 @dataclass
@@ -120,6 +128,8 @@ class _Contest:
 
     def run(self) -> Found:
         """Trace, plan, measure."""
+        if self.setting.table:
+            return self.table()
         m = self.setting.micro_batches
         size = self.setting.config.context * self.setting.config.width * 4
         link = link_costs(self.link, size)
@@ -146,6 +156,24 @@ class _Contest:
         seconds = self.timed(contenders)
         again = {name: self.predict_again(name, *schedules[name], link) for name in schedules}
         return Found(seconds, predicted, again, bound, chosen, agree)
+
+    def table(self) -> Found:
+        """The rows of 2BP, with and without the split."""
+        cut = self.cuts["straight"]
+        contenders: dict[str, Callable[[], object]] = {}
+        schedules = {}
+        for name, count in TABLE:
+            for form in (name, f"{name}-2bp"):
+                label = f"{form} m={count}"
+                schedules[label], self.stamps[label] = closed_form(form, 2, count), []
+                runner = run(schedules[label], cut, self.link, self.stamps[label])
+                given = cut.given(self.tokens[:count], self.targets[:count])
+                contenders[label] = lambda runner=runner, given=given: runner.step(given)  # type: ignore[misc]
+        link = link_costs(self.link, self.setting.config.context * self.setting.config.width * 4)
+        seconds = self.timed(contenders)
+        costs = traced_costs(cut, [stamp for stamps in self.stamps.values() for stamp in stamps], link)
+        both = {label: simulate(schedule, costs).seconds for label, schedule in schedules.items()}
+        return Found(seconds, both, both, 0.0, "", 0.0)
 
     def predict_again(self, name: str, schedule: Schedule, where: str, link: Any) -> float:
         """The simulator's seconds with the costs that this very schedule had while it was timed."""

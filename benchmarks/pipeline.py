@@ -1,0 +1,122 @@
+"""The claims about pipelines: step time against torch.distributed.pipelining, 2BP's table, the simulator, schedules by search.
+
+    python benchmarks/pipeline.py [--quick] [--json FILE] [--check] [--only TEXT]
+
+Real steps run on two processes with one thread each; every schedule that torch has takes its turn in the same run. What needs more
+ranks is simulated and says so. A full run takes some minutes and rewrites docs/benchmarks/pipeline.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import pipeline_plan
+import pipeline_split
+from common import Row, Sample, arguments, at_most, machine, progress, report, versus
+from pipeline_ranks import TABLE, Found, Setting, measure
+
+from hocket.compiler.demo.llama import LlamaConfig
+
+INTRO = """
+A Llama-like model (8 layers of width 256, 256 tokens per micro-batch) trained on two ranks with one thread each: hocket's schedules
+and every schedule of `torch.distributed.pipelining`, alternating in the same run, cut at the same layers. hocket runs the schedule
+that its simulator predicts to be the fastest, from costs traced during the first steps. Figures are medians; ± is half the distance
+between the quartiles. "Simulated" figures come from the discrete-event simulator, in units of one stage's forward.
+"""
+
+
+def config(*, quick: bool) -> LlamaConfig:
+    """The model."""
+    return LlamaConfig(vocabulary=1024, width=256, layers=4 if quick else 8, heads=4, kv_heads=4, hidden=688, context=256)
+
+
+def rank_rows(*, quick: bool) -> list[Row]:
+    """Real steps against torch's, and the simulator's error."""
+    rows = []
+    for count in (4,) if quick else (4, 8):
+        progress(f"two ranks, {count} micro-batches")
+        found = measure(Setting(config(quick=quick), count, 3 if quick else 9, 2.0 if quick else 4.0))
+        rows += _against_torch(found, count) + _simulator_error(found, count)
+    return rows
+
+
+def _against_torch(found: Found, count: int) -> list[Row]:
+    samples = {name: Sample(tuple(values)) for name, values in found.seconds.items()}
+    torch_names = [name for name in samples if name.startswith("torch ")]
+    best = min(torch_names, key=lambda name: samples[name].median)
+    claim, rows = "two real ranks", []
+    ours = samples[f"hocket {found.chosen}"]
+    rows.append(versus(claim, f"m = {count}: {found.chosen} (chosen) vs {best}, torch's best", ours, best, samples[best], 1.15))
+    case = f"m = {count}: {found.chosen} (chosen)"
+    rows += [versus(claim, f"{case} vs {name}", ours, name, samples[name]) for name in torch_names]
+    others = [name for name in samples if name.startswith("hocket ") and name != f"hocket {found.chosen}"]
+    rows += [versus(claim, f"m = {count}: {name} vs {best}", samples[name], best, samples[best]) for name in others]
+    agree = Sample((found.gradients_agree,), "of the norm")
+    rows.append(at_most(claim, f"m = {count}: largest difference of a gradient's norm from torch's", agree, 1e-5))
+    return rows
+
+
+def _simulator_error(found: Found, count: int) -> list[Row]:
+    rows = []
+    for name, predicted in found.in_situ.items():
+        measured = statistics.median(found.seconds[f"hocket {name}"])
+        error = abs(predicted / measured - 1)
+        chunks = name in ("interleaved", "zb-v") or name.endswith(" v")
+        limit = 0.05 if chunks else 0.03
+        text = f"{predicted * 1e3:.1f} ms predicted, {measured * 1e3:.1f} ms measured"
+        goal = f"within {limit:.0%}"
+        rows.append(Row("simulator", f"m = {count}: {name}", error, "", {}, None, goal, error <= limit, text=text))
+    return rows
+
+
+def table_rows(*, quick: bool) -> list[Row]:
+    """2BP's four rows on two real ranks, each beside the gain that its costs allow."""
+    progress("the table of 2BP on two ranks")
+    found = measure(Setting(config(quick=quick), 4, 3 if quick else 11, table=True))
+    rows = []
+    for name, count in TABLE:
+        base, split = (statistics.median(found.seconds[f"{form} m={count}"]) for form in (name, f"{name}-2bp"))
+        bound = found.predicted[f"{name} m={count}"] / found.predicted[f"{name}-2bp m={count}"]
+        gain = base / split
+        text = f"{gain:.3f}x, {bound:.3f}x from the costs traced"
+        met = gain >= 0.95 * bound
+        rows.append(
+            Row(
+                "two-stage backward",
+                f"2 real ranks, {name}, m = {count}",
+                gain,
+                "x",
+                {"bound": bound},
+                gain,
+                ">= 95 % of the bound",
+                met,
+                text=text,
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure the groups that are asked for and report them."""
+    options = arguments(__doc__)
+    where = machine()
+    quick = options.quick
+    groups: dict[str, Callable[[], list[Row]]] = {
+        "ranks": lambda: rank_rows(quick=quick),
+        "table": lambda: table_rows(quick=quick) + pipeline_plan.two_stage_rows(),
+        "split": lambda: pipeline_split.rows(quick=quick),
+        "search": lambda: pipeline_plan.synthesis_rows(quick=quick),
+        "taper": pipeline_plan.taper_rows,
+        "planning": pipeline_plan.speed_rows,
+    }
+    rows: list[Row] = []
+    for name, rows_of in groups.items():
+        if options.only in name:
+            progress(name)
+            rows += rows_of()
+    report("pipeline", "Pipelines", INTRO, rows, options, where)
+
+
+if __name__ == "__main__":
+    main()
