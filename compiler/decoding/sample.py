@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor, nn
 
 from ..capture import capture
@@ -85,7 +85,7 @@ class _Known:
     """What was found out about a network: its units or why there are none, and places settled per second by window and rows."""
 
     versions: tuple[int, ...]
-    order: tuple[int, ...]
+    order: Tensor
     units: Units | None
     reason: str
     rates: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def sample(
     cond: nn.Module,
     draw: Draw,
     noise: Tensor,
-    order: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    order: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
     window: int | str = "auto",
     *,
     tolerance: float = 0.0,
@@ -118,11 +118,10 @@ def sample(
     position generated later, or shapes do not fit.
     """
     rows, positions = _check(cond, noise, window, tolerance)
-    ranks = _ranks(order, positions)
-    places = torch.tensor(sorted(range(positions), key=ranks.__getitem__))
+    ranks, places = _ranks(order, positions)
     dtype = next((p.dtype for p in cond.parameters() if p.is_floating_point()), torch.float32)
     start = time.perf_counter()
-    known = _known(cond, places, [ranks[p] for p in places.tolist()], dtype)
+    known = _known(cond, places, ranks, dtype)
     net = SlicedNet(known.units, rows, dtype) if known.units else DenseNet(cond, places, rows, dtype)
     size = window if isinstance(window, int) else _window(known, rows, positions)
     exact = (
@@ -138,25 +137,24 @@ def sample(
 
 def _solve(net: SlicedNet | DenseNet, draw: Draw, noise: Tensor, plan: tuple[SampleReport, float], *, progress: bool) -> None:
     report, tolerance = plan
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("sampling", total=report.places)
-        for start in range(0, report.places, report.window):
-            end = min(start + report.window, report.places)
-            net.begin(start, end)
-            is_settled = False
-            for _ in range(end - start):  # as many sweeps as places settle a window whatever the guess
-                drawn = _drawn(draw, net.parameters(), noise[:, start:end])
-                held = net.inputs[:, start:end]
-                change = 0.0 if torch.equal(drawn, held) else float((drawn - held).abs().max())
-                report.sweeps += 1
-                held.copy_(drawn)
-                is_settled = change <= tolerance
-                if is_settled:
-                    report.residual = max(report.residual, change)
-                    break
-            net.end(is_current=is_settled and change == 0)
-            report.windows += 1
-            bar.advance(task, end - start)
+    starts = range(0, report.places, report.window)
+    for start in track(starts, "sampling", transient=True) if progress else starts:
+        end = min(start + report.window, report.places)
+        net.begin(start, end)
+        held, given = net.inputs[:, start:end], noise[:, start:end]
+        change = float("inf")
+        for _ in range(end - start):  # as many sweeps as places settle a window whatever the guess
+            drawn = _drawn(draw, net.parameters(), given)
+            report.sweeps += 1
+            change = 0.0 if torch.equal(drawn, held) else float((drawn - held).abs().max()) if tolerance else float("inf")
+            if change == 0.0:
+                break
+            held.copy_(drawn)
+            if change <= tolerance:
+                report.residual = max(report.residual, change)
+                break
+        net.end(is_current=change == 0.0)
+        report.windows += 1
 
 
 def _drawn(draw: Draw, parameters: Tensor, noise: Tensor) -> Tensor:
@@ -169,36 +167,35 @@ def _drawn(draw: Draw, parameters: Tensor, noise: Tensor) -> Tensor:
     return drawn
 
 
-def _known(cond: nn.Module, places: Tensor, ranks: list[int], dtype: torch.dtype) -> _Known:
+def _known(cond: nn.Module, places: Tensor, ranks: Tensor, dtype: torch.dtype) -> _Known:
     versions = tuple(t._version for t in (*cond.parameters(), *cond.buffers()))
-    order = tuple(places.tolist())
     known = _KNOWN.get(cond)
-    if known is None or known.versions != versions or known.order != order:
+    if known is None or known.versions != versions or not torch.equal(known.order, torch.stack((places, ranks))):
         known = _KNOWN[cond] = _analysed(cond, places, ranks, dtype)
-        known.versions, known.order = versions, order
+        known.versions, known.order = versions, torch.stack((places, ranks))
     return known
 
 
-def _analysed(cond: nn.Module, places: Tensor, ranks: list[int], dtype: torch.dtype) -> _Known:
+def _analysed(cond: nn.Module, places: Tensor, ranks: Tensor, dtype: torch.dtype) -> _Known:
     example = torch.zeros(ROWS, len(places), dtype=dtype)
     out = cond(example)
     if not isinstance(out, Tensor) or out.shape[:2] != example.shape:
         found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise InputError(f"cond must return parameters [rows, positions, ...], here [{ROWS}, {len(places)}, ...]; found {found}")
-    firsts = torch.tensor([ranks.index(rank) for rank in ranks])  # the first place of each place's group
+    firsts = torch.searchsorted(ranks, ranks)  # the first place of each place's group
     try:
         program = capture(cond, (example,), train=False)
         tensors = {**dict(cond.named_parameters(remove_duplicate=False)), **dict(cond.named_buffers(remove_duplicate=False))}
         units = find_units(program, tensors, places.argsort())
     except (UnsliceableError, HocketError) as error:
         _check_causal(cond, example, places, firsts)
-        return _Known((), (), None, str(error).partition("\n")[0])
+        return _Known((), places, None, str(error).partition("\n")[0])
     ordered = Units(units.banks, units.outputs[places], units.shape)
     late = (ordered.degree_of_outputs() >= firsts).nonzero().flatten().tolist()
     if late:
         reads = int(ordered.degree_of_outputs()[late[0]])
         raise InputError(_not_causal(int(places[late[0]]), int(places[reads])))
-    return _Known((), (), ordered, "")
+    return _Known((), places, ordered, "")
 
 
 def _check_causal(cond: nn.Module, example: Tensor, places: Tensor, firsts: Tensor) -> None:
@@ -230,19 +227,18 @@ def _window(known: _Known, rows: int, positions: int) -> int:
     return untried[0] if untried else max(sizes, key=lambda w: known.rates[w, rows])
 
 
-def _ranks(order: Sequence[int] | Sequence[Sequence[int]] | None, positions: int) -> list[int]:
-    """When each position is generated; equal within a group."""
-    groups = [[p] if isinstance(p, int) else list(p) for p in (range(positions) if order is None else order)]
+def _ranks(order: Tensor | Sequence[int] | Sequence[Sequence[int]] | None, positions: int) -> tuple[Tensor, Tensor]:
+    """When each place is generated, equal within a group and ascending; and the position at each place."""
+    if order is None:
+        return torch.arange(positions), torch.arange(positions)
+    listed = order.tolist() if isinstance(order, Tensor) else order
+    groups = [sorted(map(int, p)) if isinstance(p, Sequence) else [int(p)] for p in listed]
     flat = [position for group in groups for position in group]
     if sorted(flat) != list(range(positions)):
         raise InputError(
             f"order must hold each of the {positions} positions once; found {len(flat)} entries, {len(set(flat))} different"
         )
-    ranks = [0] * positions
-    for rank, group in enumerate(groups):
-        for position in group:
-            ranks[position] = rank
-    return ranks
+    return torch.tensor([rank for rank, group in enumerate(groups) for _ in group]), torch.tensor(flat)
 
 
 def _check(cond: object, noise: object, window: int | str, tolerance: float) -> tuple[int, int]:

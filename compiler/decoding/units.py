@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -77,14 +77,10 @@ class Columns:
     index: Tensor
 
     @functools.cached_property
-    def is_ascending(self) -> bool:
-        """Whether they are neighbours in order, so that a slice will do."""
-        return bool((self.index.diff() == 1).all())
-
-    @functools.cached_property
-    def first(self) -> int:
-        """The first of them."""
-        return int(self.index[0])
+    def first(self) -> int | None:
+        """The first of them where they follow one another, so that a slice will do."""
+        found = _neighbours(self.index)
+        return found.start if isinstance(found, slice) else None
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,17 @@ class Bank:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A window's part of the banks. slices: of every bank, the units that the window can change; reads: per bank that parameters
+    lie in, (bank, columns as a slice or an index); back: where each of those belongs, None if they are in order.
+    """
+
+    slices: tuple[tuple[int, int], ...]
+    reads: tuple[tuple[int, slice | Tensor], ...]
+    back: Tensor | None
+
+
+@dataclass(frozen=True)
 class Units:
     """banks: in order of computation, the inputs first; outputs: per place, then per parameter, (bank, unit): int64 ``[places, k,
     2]``; shape: of one place's parameters.
@@ -108,6 +115,21 @@ class Units:
     banks: tuple[Bank, ...]
     outputs: Tensor
     shape: tuple[int, ...]
+    _cuts: dict[tuple[int, int], Cut] = field(default_factory=dict, repr=False, compare=False)
+
+    def cut(self, start: int, end: int) -> Cut:
+        """The part of a window of places ``[start, end)``; made once."""
+        if (start, end) not in self._cuts:
+            self._cuts[start, end] = self._cut(start, end)
+        return self._cuts[start, end]
+
+    def _cut(self, start: int, end: int) -> Cut:
+        slices = tuple((bank.below(start), bank.below(end - 1)) for bank in self.banks)
+        wanted = self.outputs[start:end].reshape(-1, 2)
+        banks = wanted[:, 0].unique().tolist()
+        at = [(wanted[:, 0] == bank).nonzero().flatten() for bank in banks]
+        reads = tuple((bank, _neighbours(wanted[:, 1][where])) for bank, where in zip(banks, at, strict=True))
+        return Cut(slices, reads, torch.cat(at).argsort() if len(banks) > 1 else None)
 
     def degree_of_outputs(self) -> Tensor:
         """Largest degree among the parameters of each place, int64 ``[places]``."""
@@ -249,6 +271,12 @@ class _Finder:
         for bank in banks.unique().tolist():
             found[banks == bank] = self._banks[bank].degrees[columns[banks == bank]]
         return found
+
+
+def _neighbours(columns: Tensor) -> slice | Tensor:
+    """A slice where the columns follow one another."""
+    first = int(columns[0])
+    return slice(first, first + len(columns)) if bool((columns.diff() == 1).all()) else columns.contiguous()
 
 
 def _is_pointwise(target: torch._ops.OpOverload) -> bool:
