@@ -135,9 +135,10 @@ class Crew:
         if answered:
             self._rounds[self._sequence] = _Round(set(range(self.mesh.size)), {}, {}, packet.op in _BY_PAGE)
         try:
+            data = wire.encode(packet)
             for rank, flag in zip(self.ranks, self._flags, strict=True):
                 try:
-                    wire.send(rank.sock, packet, descriptors)
+                    wire.send_encoded(rank.sock, data, descriptors)
                     flag.posted(self._sequence)
                 except wire.Closed:
                     self._silent.add(rank.rank)

@@ -43,6 +43,8 @@ class Op(enum.IntEnum):
     TRACE = 10  # count: 1 start stamping, 0 stop; the answer carries what was stamped
     WIRE = 11  # the answer carries the bytes on the wire
     CLOSE = 12
+    LOAD_PIPELINE = 13  # payload: location and length of the JSON request in shared memory
+    STEP_PIPELINE = 14
     DONE = 20  # rank -> controller: the operation `ticket` of this sequence number is complete
     FAILED = 21  # payload: JSON {type, message, traceback, memory, communication, instruction}
 
@@ -68,9 +70,19 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def send(sock: socket.socket, packet: Packet, descriptors: Sequence[int] = ()) -> None:
     """Send one packet. Raises Closed; BlockingIOError or TimeoutError if the socket has a timeout and the peer does not read."""
+    send_encoded(sock, encode(packet), descriptors)
+
+
+def encode(packet: Packet) -> bytes:
+    """A packet as it travels. RunError when it is too long."""
     data = HEADER.pack(packet.op, packet.handle, packet.sequence, packet.ticket) + packet.payload
     if len(data) > MAX_PACKET:
         raise RunError(f"a message of {len(data):,} bytes is too long; a step can have some {MAX_PACKET // 16:,} tensors")
+    return data
+
+
+def send_encoded(sock: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> None:
+    """Send a packet that was encoded before, as ``send`` does."""
     try:
         if descriptors:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]

@@ -10,6 +10,7 @@ do not fail in turn before the controller knows the cause.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import mmap
@@ -27,6 +28,7 @@ from .chunks import ExchangeError
 from .communicator import Communicator
 from .errors import RunError
 from .executors.flat import FlatExecutor, Frame
+from .late import late_waits
 from .load import LoadedProgram, load
 from .mesh import Mesh
 from .monitor import PAGE_BYTES, PageWriter, State
@@ -39,6 +41,7 @@ from .transports.transport import TransportError
 
 if TYPE_CHECKING:
     from .fusion import Fusion
+    from .schedule.resident import ResidentPipeline
 
 _LOOK_FOR = 2e-4
 """Seconds that a rank without work looks for a message before it sleeps; only where every rank has a core."""
@@ -82,6 +85,7 @@ class Worker:
         self.programs: dict[int, Resident] = {}
         self.frames: dict[int, tuple[Resident, Frame]] = {}
         self.updates: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.pipelines: dict[int, ResidentPipeline] = {}
         self.failed = False
 
     # --- life
@@ -119,6 +123,8 @@ class Worker:
             wire.Op.FORGET: self._forget,
             wire.Op.TRACE: self._trace,
             wire.Op.WIRE: self._wire,
+            wire.Op.LOAD_PIPELINE: self._load_pipeline,
+            wire.Op.STEP_PIPELINE: self._step_pipeline,
         }
         with torch.inference_mode():
             idle = _LOOK_FOR if self.mesh.size * torch.get_num_threads() <= len(os.sched_getaffinity(0)) else 0.0
@@ -220,7 +226,8 @@ class Worker:
                 bound[index] = torch.full(piece.shape, piece.fill, dtype=piece.dtype)
         ready = load(program, self.rank, device=self.device if self.device.type == "cuda" else None)
         fusion = self._fuse(ready, bound) if head["inductor"] else None
-        executor = FlatExecutor(ready, self.communicator, self.monitor, fusion.steps if fusion else None)
+        schedule = fusion.steps if fusion else functools.partial(late_waits, ready)
+        executor = FlatExecutor(ready, self.communicator, self.monitor, schedule)
         self.programs[packet.handle] = Resident.of(executor, ports, bound, self.rank)
         self._done(packet, json.dumps(fusion.report.to_json()).encode() if fusion else b"")
 
@@ -239,7 +246,27 @@ class Worker:
         del self.programs[packet.handle]
         self.views.clear()
 
+    def _load_pipeline(self, packet: wire.Packet) -> None:
+        """See ``schedule.resident``."""
+        from .schedule.resident import ResidentPipeline  # only who runs a pipeline needs it
+
+        self.page.state(State.LOADING)
+        segment, offset, nbytes = struct.unpack("<qqq", packet.payload)
+        request = json.loads(self.segments.read(Location(segment, offset), nbytes))
+
+        def view(place: Any) -> torch.Tensor:
+            segment, offset, shape, stride, dtype = place
+            return self.segments.tensor(Location(segment, offset), shape, stride, getattr(torch, dtype))
+
+        self.pipelines[packet.handle] = ResidentPipeline(request, self.communicator, view, self.monitor)
+        self._done(packet)
+
     # --- steps
+
+    def _step_pipeline(self, packet: wire.Packet) -> None:
+        self.page.begin(packet.handle, packet.sequence, 0, {})
+        self.pipelines[packet.handle].step()
+        self._done(packet)
 
     def _forward(self, packet: wire.Packet) -> None:
         loaded = self.programs[packet.handle]
