@@ -28,7 +28,7 @@ LIMIT = 600.0
 
 
 class Peer:
-    """A world of processes that trains on demand. kind: ``tensor`` or ``data``."""
+    """A world of processes that trains on demand. kind: ``tensor``, ``data``, or ``alone`` for processes that never talk."""
 
     def __init__(self, kind: str, case: Case, world: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -78,7 +78,7 @@ def _serve(kind: str, case: Case, rank: int, world: int, store: str, pipe: Conne
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=LIMIT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
-    model, loss = {"tensor": _tensor_parallel, "data": _data_parallel}[kind](case, rank, world)
+    model, loss = {"tensor": _tensor_parallel, "data": _data_parallel, "alone": _alone}[kind](case, rank, world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     try:
         while True:
@@ -125,5 +125,12 @@ def _tensor_parallel(case: Case, _rank: int, world: int) -> tuple[nn.Module, Cal
 
 def _data_parallel(case: Case, rank: int, world: int) -> tuple[nn.Module, Callable[[], Tensor]]:
     model = nn.parallel.DistributedDataParallel(case.model())
+    tokens, targets = (part.chunk(world)[rank] for part in case.data())
+    return model, lambda: model(tokens, targets)
+
+
+def _alone(case: Case, rank: int, world: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A share of the batch and nobody to talk to: no parallel step of plain torch on these cores can take less time."""
+    model = case.model()
     tokens, targets = (part.chunk(world)[rank] for part in case.data())
     return model, lambda: model(tokens, targets)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from common import Row, Sample, progress, take_turns, versus
@@ -21,6 +21,7 @@ from hocket.compiler.plan.tactics import DataParallel, Tactic, TensorParallel
 
 RANKS = 2
 PLAIN, DTENSOR, DDP = "1 process, 1 thread", "DTensor tensor parallel", "DistributedDataParallel"
+ALONE = "2 processes, half the batch each, no exchange"
 CLAIM = "step time"
 PLANS: dict[str, tuple[Tactic, ...] | str] = {
     "auto": "auto",
@@ -44,16 +45,21 @@ class Effort:
         """Quick: half the layers, batch and repeats."""
         if quick:
             return cls(Case(layers=2, batch=4), ("auto",), 3, 1)
-        return cls(Case(), tuple(PLANS), 7, 2)
+        return cls(Case(), tuple(PLANS), 9, 1)
 
 
 def rows(*, quick: bool) -> list[Row]:
-    """Measure everything."""
+    """Measure everything, the plans one after another so that few contenders take turns, each beside the peers."""
     effort = Effort.of(quick=quick)
+    return [row for plan in effort.plans for row in plan_rows(replace(effort, plans=(plan,)))]
+
+
+def plan_rows(effort: Effort) -> list[Row]:
+    """One plan beside its peers."""
     samples = measure(effort)
-    found = []
+    found = [versus(CLAIM, f"what two cores can give: {ALONE} ({effort.case}) vs {PLAIN}", samples[ALONE], PLAIN, samples[PLAIN])]
     for name, sample in samples.items():
-        if name in (PLAIN, DTENSOR, DDP):
+        if name in (PLAIN, DTENSOR, DDP, ALONE):
             continue
         auto = name.startswith("auto")
         case = f"{name} ({effort.case})"
@@ -75,6 +81,9 @@ def measure(effort: Effort) -> dict[str, Sample]:
             peer = stack.enter_context(Peer(kind, effort.case, RANKS))
             losses[name] = peer.losses(2)
             blocks[name] = lambda peer=peer: peer.block(effort.steps)  # type: ignore[misc]
+        alone = stack.enter_context(Peer("alone", effort.case, RANKS))
+        alone.losses(2)
+        blocks[ALONE] = lambda: alone.block(effort.steps)
         for name, (step, threads) in _own(effort, stack).items():
             losses[name] = _losses(step, threads)
             blocks[name] = lambda step=step, threads=threads: _block(step, threads, effort.steps)  # type: ignore[misc]
