@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 
+from ...runtime.exchange import why_unavailable
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -68,9 +70,10 @@ def _backends() -> list[Finding]:
     if not distributed.is_available():
         return [Finding("torch.distributed", "broken", "this torch was built without it: only engine='sim' works")]
     found = [
-        Finding("gloo", "ok", "collectives between CPU ranks")
+        Finding("gloo", "ok", "ranks find each other; broadcasts, unequal exchanges and groups of more than 8 ranks go through it")
         if distributed.is_gloo_available()
-        else Finding("gloo", "broken", "absent: engine='local' on CPU needs it")
+        else Finding("gloo", "broken", "absent: engine='local' on CPU needs it"),
+        _exchange(),
     ]
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
@@ -81,6 +84,15 @@ def _backends() -> list[Finding]:
     else:
         found.append(Finding("CUDA", "absent", "no device: ranks run on CPU cores"))
     return found
+
+
+def _exchange() -> Finding:
+    """How local CPU ranks hand each other tensors."""
+    reason = why_unavailable(torch.device("cpu"))
+    if reason:
+        return Finding("collectives", "absent", f"local CPU ranks use gloo, not shared memory: {reason}")
+    detail = "local CPU ranks exchange tensors in shared memory, which took less time than gloo for every size that was measured"
+    return Finding("collectives", "ok", f"{detail} (4 KiB to 64 MiB)")
 
 
 def _extras() -> list[Finding]:
