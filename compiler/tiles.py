@@ -90,9 +90,10 @@ class _WriteOut:
         for node in self.program.nodes:
             if is_tile_loop(node):
                 self.values[node] = self._loop(node)
-            elif node.target is operator.getitem and isinstance(self.values[node.args[0]], list):  # type: ignore[index]
-                made = self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+            elif node.target is operator.getitem and is_tile_loop(node.all_input_nodes[0]):
+                made: fx.Node = self.values[node.all_input_nodes[0]][node.args[1]]
                 made.meta[NOTE] = note(node)
+                self.values[node] = made
             else:
                 self.values[node] = self.graph.node_copy(node, lambda n: self.values[n])
         self.graph.lint()

@@ -47,7 +47,7 @@ class OverlapOrder:
         if program.mesh is None or not any(is_collective(n) for n in program.nodes):
             return program.decided(Decision(self.name, "", applied=False, reason="the program has no collectives to overlap"))
         timeline = Timeline(program, context.cluster, self.contention)
-        given = [node for node in program.nodes if node.op == "call_function"]
+        given = _forward_first(program)
         by_name = {node.name: node for node in given}
         names = self.known.choose(program, lambda: tuple(n.name for n in self._chosen(timeline, given)))
         order = [by_name[name] for name in names]
@@ -165,27 +165,32 @@ def _chain(before: dict[fx.Node, set[fx.Node]], given: Sequence[fx.Node], progra
             if key in last:
                 before[node].add(last[key])
             last[key] = node
-    _keep_forward_first(before, given, program)
+    late = _late(program)
+    if late and not late.issuperset(given):
+        ends = [n for n in given if n not in late and all(user in late or user.op == "output" for user in n.users)]
+        for node in late:
+            if not before[node] & late:
+                before[node].update(ends)
 
 
-def _keep_forward_first(before: dict[fx.Node, set[fx.Node]], given: Sequence[fx.Node], program: Program) -> None:
-    """A program with tangents runs in two calls: nothing of the second may come before the end of the first."""
+def _late(program: Program) -> set[fx.Node]:
+    """The calls of the second segment: what the tangents reach, and what is not of the forward. Empty for a program in one call."""
     tainted = {program.placeholders[i] for i in program.signature.inputs_of(RoleKind.TANGENT).values()}
-    if not tainted:
-        return
     late: set[fx.Node] = set()
-    for node in given:
-        if any(source in tainted for source in node.all_input_nodes):
-            tainted.add(node)
-        if node in tainted or note(node).phase is not Phase.FORWARD:
+    for node in program.nodes if tainted else ():
+        if node.op != "call_function":
+            continue
+        if note(node).phase is not Phase.FORWARD or any(source in tainted or source in late for source in node.all_input_nodes):
             late.add(node)
-    early = [node for node in given if node not in late]
-    if any(source in late for node in early for source in node.all_input_nodes):
-        return
-    ends = [node for node in early if all(user in late or user.op == "output" for user in node.users)]
-    for node in late:
-        if not before[node] & late:
-            before[node].update(ends)
+    return late
+
+
+def _forward_first(program: Program) -> list[fx.Node]:
+    """The calls in the order in which they run: a program with tangents runs in two calls, and nothing of the second comes before
+    the end of the first."""
+    late = _late(program)
+    calls = [node for node in program.nodes if node.op == "call_function"]
+    return [*(node for node in calls if node not in late), *(node for node in calls if node in late)]
 
 
 def _chains(node: fx.Node) -> list[str]:

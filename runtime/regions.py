@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from .ops import COLLECTIVES, WAIT, is_random, overload_of
 from .program import Instruction, RankProgram, Segment
 from .templates import slots_in
+from .tile_loop import TILE_LOOP
 
 MIN_WORK = 2
 """Instructions that compute something (views do not) below which a region is not worth a call of its own."""
@@ -44,7 +45,7 @@ def regions(program: RankProgram) -> tuple[Region, ...]:
 
 def is_boundary(ins: Instruction) -> bool:
     """Whether an instruction must stay by itself: it talks to other ranks, or two compilers may draw other numbers."""
-    return ins.op in COLLECTIVES or ins.op == WAIT or is_random(ins.op)
+    return ins.op in COLLECTIVES or ins.op in (WAIT, TILE_LOOP) or is_random(ins.op)
 
 
 def _ranges(program: RankProgram, segment: Segment) -> Iterator[tuple[int, int]]:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses import FakeTensorMode
 
+from .executors.tiles import forms_of_loop
 from .ops import COLLECTIVES, WAIT, overload_of
 from .program import Instruction, RankProgram
 from .templates import Site, fold
+from .tile_loop import TILE_LOOP, read_tile_loop
 
 
 class Form(NamedTuple):
@@ -68,6 +70,9 @@ def filled(template: Any, values: Mapping[int, Any], site: Site) -> Any:
 def _run(ins: Instruction, values: Mapping[int, Any], site: Site) -> Any:
     if ins.op == WAIT:
         return filled(ins.args[0], values, site)
+    if ins.op == TILE_LOOP:
+        operands, *words = ins.args
+        return forms_of_loop(read_tile_loop(*words), site, filled(operands, values, site))
     args = [filled(template, values, site) for template in ins.args]
     if ins.op in COLLECTIVES:
         return _collective(ins.op, args, site)

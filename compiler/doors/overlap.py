@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...passes.nano_batch import NanoBatch
 from ...passes.overlap_order import OverlapOrder
 from ...passes.tiles.fuse import FuseTiles
 from ..contract import Pass
@@ -16,7 +17,8 @@ class OverlapTiles(RewriteTactic):
 
     tiles: per rank's chunk, 0 to let the cost model choose; least_gain: predicted part of a region's time that a loop must save;
     joined: whether one loop may hold the collectives on both sides of a layer; order: also issue the other collectives early and
-    wait for them late, holding at most ``memory`` times the bytes.
+    wait for them late, holding at most ``memory`` times the bytes; nano_batch: first run the batch in two halves where collectives
+    of one are predicted to travel behind the other (a network that moves data by itself; shared memory does not).
     """
 
     tiles: int = 0
@@ -24,8 +26,11 @@ class OverlapTiles(RewriteTactic):
     joined: bool = True
     order: bool = True
     memory: float = 1.1
+    nano_batch: bool = False
 
     def rewrites_after(self) -> tuple[Pass, ...]:
-        """Tile loops, then the order of what is left."""
+        """Halves, tile loops, then the order of what is left."""
+        halves: tuple[Pass, ...] = (NanoBatch(),) if self.nano_batch else ()
         fuse = FuseTiles(tiles=self.tiles, least_gain=self.least_gain, joined=self.joined)
-        return (fuse, OverlapOrder(memory=self.memory)) if self.order else (fuse,)
+        order: tuple[Pass, ...] = (OverlapOrder(memory=self.memory),) if self.order else ()
+        return (*halves, fuse, *order)

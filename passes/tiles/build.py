@@ -72,7 +72,8 @@ class _Builder:
         for source, cut in zip(tensor_inputs(node), passage.inputs, strict=True):
             slot = self.slots.get(source)
             slots[source] = self.read(source, cut) if slot is None else slot
-        target, args, kwargs = node.target, node.args, dict(node.kwargs)
+        target: Any = node.target
+        args, kwargs = node.args, dict(node.kwargs)
         cut = passage.outputs[0]
         if names_sizes(target) and cut is not None:
             size: list[Any] = [self.number(n) for n in tensor_leaves(node.meta["val"])[0].shape]
@@ -103,8 +104,8 @@ def build(region: Region, parts: int, axis: str, tiles: int) -> Built | str:
     builder = _Builder(region, parts, axis)
     if region.ahead is not None:
         collective = collective_of(region.ahead)
-        cut = region.cuts[region.ahead, 0]
-        builder.slots[region.ahead] = builder.read(tensor_inputs(collective)[0], cut, AHEAD[collective.target])
+        operand, ahead = tensor_inputs(collective)[0], region.cuts[region.ahead, 0]
+        builder.slots[region.ahead] = builder.read(operand, ahead, AHEAD[collective.target])
     for node, passage in region.members.items():  # operands have the first slots
         for source, cut in zip(tensor_inputs(node), passage.inputs, strict=True):
             if producer(source)[0] not in region.members and source is not region.ahead:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -21,8 +22,8 @@ from ...compiler.tiles import Cut
 from .cuts import HEAVY, Cuts, Order, Passage, shape_of
 
 c10d = torch.ops._c10d_functional
-AHEAD = {c10d.all_gather_into_tensor.default: "gather", c10d.all_to_all_single.default: "exchange"}
-BEHIND = {
+AHEAD: dict[Any, str] = {c10d.all_gather_into_tensor.default: "gather", c10d.all_to_all_single.default: "exchange"}
+BEHIND: dict[Any, str] = {
     c10d.reduce_scatter_tensor.default: "reduce_scatter",
     c10d.all_reduce.default: "all_reduce",
     c10d.all_to_all_single.default: "all_to_all",

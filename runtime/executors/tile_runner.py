@@ -22,7 +22,7 @@ _ROUND = 1 << 16
 
 
 @dataclass
-class _Axis:
+class AxisLoops:
     """The loops of one axis: their buffer, and how many there were."""
 
     buffer: Symmetric | None = None
@@ -35,7 +35,7 @@ class TileRunner:
 
     communicator: Communicator
     transport: Transport | None
-    axes: dict[str, _Axis] = field(default_factory=dict)
+    axes: dict[str, AxisLoops] = field(default_factory=dict)
 
     @classmethod
     def of(cls, communicator: Communicator) -> TileRunner:
@@ -66,10 +66,10 @@ class TileRunner:
         given = list(operands)
         if loop.fetches is not None:
             given[loop.fetches] = given[loop.fetches].contiguous()
-        axis = self.axes.setdefault(loop.axis, _Axis())
+        axis = self.axes.setdefault(loop.axis, AxisLoops())
         index = self.transport.mesh.coordinate(self.transport.rank)[loop.axis]
         work = LoopRun(ready, index, axis.epoch, given)
-        work.memory = self._buffer(axis, loop.axis, work.arena_bytes)
+        work.memory = self.buffer(axis, loop.axis, work.arena_bytes)
         axis.epoch += 1
         for kind, sent in work.sent():
             self.communicator.wire.count(kind, Fraction(sent))
@@ -87,7 +87,7 @@ class TileRunner:
         except TransportError as error:
             raise stopped(self.transport.rank, loop, step, error) from error
 
-    def _buffer(self, axis: _Axis, name: str, nbytes: int) -> Symmetric:
+    def buffer(self, axis: AxisLoops, name: str, nbytes: int) -> Symmetric:
         """The buffer of an axis, made anew when a loop needs more; every rank does so at the same loop."""
         assert self.transport is not None
         if axis.buffer is None or axis.buffer.shape[0] < nbytes:

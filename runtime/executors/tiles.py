@@ -283,5 +283,21 @@ def run_whole(loop: TileLoop, body: TileBody, operands: Sequence[torch.Tensor], 
     return [found[number] for number in range(len(loop.results))]
 
 
+def forms_of_loop(loop: TileLoop, site: Site, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a loop makes of operands without values."""
+    given = list(operands)
+    if loop.fetches is not None and loop.reads[loop.fetches].kind == "gather":
+        operand = given[loop.fetches]
+        given[loop.fetches] = operand.new_empty((loop.parts * operand.shape[0], *operand.shape[1:]))
+    found = TileBody(loop, site, loop.rows).run(given, {})
+    results = []
+    for number, result in enumerate(loop.results):
+        shape = list(found[number].shape)
+        if result.kind == "reduce_scatter":
+            shape[0] //= loop.parts
+        results.append(found[number].new_empty(shape))
+    return results
+
+
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN

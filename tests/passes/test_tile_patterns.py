@@ -19,6 +19,10 @@ from hocket.compiler.verify.ring.compare import compare
 from hocket.passes.tiles.fuse import FuseTiles
 from hocket.runtime.executors.lockstep import run_lockstep
 from hocket.runtime.mesh import Mesh
+from hocket.runtime.regions import regions
+from hocket.runtime.shapes import Form, forms
+from hocket.runtime.templates import Site
+from hocket.runtime.tile_loop import TILE_LOOP
 
 RULES = RuleTable(None)
 ALWAYS = FuseTiles(least_gain=-1e9)
@@ -127,7 +131,10 @@ def test_the_choice_for_a_program_is_made_again_at_other_sizes() -> None:
 def test_golden_a_loop_as_data() -> None:
     _, after = fused(PATTERNS["linear with bias -> scatter 0"], tiles=2)
     (node,) = [node for node in after.nodes if is_tile_loop(node)]
-    print(node.args[1])
+    assert (
+        '"calls":[["aten.addmm.default",[{"slot":0},{"slot":1},{"slot":2}],{},[3],false],["aten.contiguous.default"' in node.args[1]
+    )
+    assert '"results":[["reduce_scatter",4,0,"sum"]]' in node.args[1]
     assert [str(n.target) for n in after.nodes if n.op == "call_function"] == [
         "aten.t.default",
         "hocket.tile_loop.default",
@@ -136,3 +143,15 @@ def test_golden_a_loop_as_data() -> None:
     assert after.decisions[0].reason.startswith(
         "reduce_scatter_tensor_default and 1 product in one loop of 2 x 2 tiles, 2 calls each"
     )
+
+
+@pytest.mark.parametrize("name", ["mm -> scatter 0", "gather -> gated MLP -> scatter", "exchange -> mm"])
+def test_compilers_of_instruction_lists_leave_loops_alone_and_know_their_shapes(name: str) -> None:
+    before, after = fused(PATTERNS[name])
+    program = emit(after)
+    at = next(i for i, ins in enumerate(program.instructions) if ins.op == TILE_LOOP)
+    assert not any(region.start <= at < region.stop for region in regions(program))
+    given = {i: Form.of(node.meta["val"]) for i, node in enumerate(after.placeholders)}
+    known = forms(program, Site.of(program.mesh, 0), given)
+    results = [slot for segment in program.segments for _, slot in segment.results]
+    assert [tuple(known[slot].shape) for slot in results] == [tuple(n.meta["val"].shape) for n in before.results if n is not None]

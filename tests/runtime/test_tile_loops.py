@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hocket.runtime.errors import ProgramError, RankHung
+from hocket.runtime.executors.rendezvous import group_results
 from hocket.runtime.executors.tile_ranks import TogetherLoops
-from hocket.runtime.executors.tiles import ReadyLoop
+from hocket.runtime.executors.tiles import ReadyLoop, run_whole
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.templates import Site
 from hocket.runtime.tile_loop import Call, Cut, Read, Result, TileLoop, narrow, place, read_tile_loop
@@ -270,3 +275,38 @@ def test_narrow_and_place_are_inverse(outer: int, inner: int, rows: int, dim: in
     for start, length in ((0, edge), (edge, rows - edge)):
         place(whole, narrow(value, cut, rows, start, length), cut, rows, start)
     assert torch.equal(whole, value)
+
+
+class Together:
+    """Communicators of ranks that are threads of this process: every collective is a meeting of all."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts, self.given = parts, [None] * parts
+        self.barrier = threading.Barrier(parts)
+
+    def end(self, rank: int) -> SimpleNamespace:
+        """The communicator of a rank."""
+
+        def meet(kind: str, tensor: torch.Tensor, *extra: object) -> torch.Tensor:
+            self.given[rank] = (tensor, extra[:-1])
+            self.barrier.wait(20)
+            tensors, extras = zip(*self.given, strict=True)
+            result = group_results(kind, tensors, extras)[rank]
+            self.barrier.wait(20)
+            return result
+
+        kinds = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")
+        return SimpleNamespace(wait=lambda found: found, **{kind: functools.partial(meet, kind) for kind in kinds})
+
+
+@pytest.mark.parametrize("name", sorted(LOOPS))
+def test_without_shared_memory_a_loop_is_the_region_and_its_collectives(name: str) -> None:
+    loop = LOOPS[name](3, 12, 2)
+    operands, together = operands_of(loop, 9), Together(3)
+
+    def rank(number: int) -> list[torch.Tensor]:
+        return run_whole(loop, ready(loop).body(loop.rows), operands[number], together.end(number))
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(rank, range(3)))
+    assert_bits(found, expected(loop, operands))

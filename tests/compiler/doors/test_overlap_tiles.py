@@ -57,6 +57,15 @@ def test_a_step_in_tile_loops_equals_eager(tactic, engine: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tactic", [hocket.TensorParallel, hocket.SequenceParallel])
+def test_four_real_ranks_in_tile_loops_equal_eager(tactic) -> None:
+    torch.manual_seed(1)
+    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 8, 16)
+    with hocket.parallelize(model, "tp=4", (x,), tactics=[tactic("tp"), ALWAYS]) as parallel:
+        torch.testing.assert_close(parallel(x), model(x))
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_never_comes_is_one_error_in_time(how: signal.Signals) -> None:
     """The other rank waits for a tile; the engine names the culprit within its limit, and leaves nothing behind."""
