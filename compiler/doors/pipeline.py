@@ -26,8 +26,9 @@ from ..plan.tactics import RewriteTactic, Tactic
 from ..program import Literal, RoleKind
 from ..report.pipeline import explain_pipeline
 from ..verify.report import Status, Verdict
+from .engines import engine_opener
 from .pipeline_compile import CompiledPipeline, PipelineParallel, compile_pipeline
-from .pipeline_runners import LoopbackRunner, Runner
+from .pipeline_runners import LocalRunner, LoopbackRunner, Runner
 from .threads import single_threaded
 from .watch import state_of
 
@@ -64,8 +65,10 @@ class PipelineSession:
     """One model as a pipeline: what a parallel module asks of a session, and ``train_step``."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, tactic: PipelineParallel, engine: str | Engine, level: str | None) -> None:
-        if engine != "sim":
-            raise InputError(f'a pipeline runs on engine "sim" so far; found {engine!r}')
+        if engine not in ("sim", "local"):
+            raise InputError(f'a pipeline runs on engine "local" (ranks are processes) or "sim"; found {engine!r}')
+        self._open = engine_opener(engine, mesh) if engine == "local" else None
+        self._engine: Any = None
         self.model = model
         self.mesh = mesh
         self.tactic = tactic
@@ -130,10 +133,17 @@ class PipelineSession:
             compiled = compile_pipeline(
                 self.model, (args, kwargs), self.tactic, self.mesh.size, count, train=train, level=self.level
             )
-            tensors = {Port(kind, name): tensor.detach() for (kind, name), tensor in state_of(self.model).items()}
-            return compiled, LoopbackRunner(compiled, tensors)
+            return compiled, self._runner(compiled)
 
         return make
+
+    def _runner(self, compiled: CompiledPipeline) -> Runner:
+        tensors = {Port(kind, name): tensor for (kind, name), tensor in state_of(self.model).items()}
+        if self._open is None:
+            return LoopbackRunner(compiled, {port: tensor.detach() for port, tensor in tensors.items()})
+        if self._engine is None:
+            self._engine = self._open()
+        return LocalRunner(compiled, tensors, self._engine, self.tactic.axis)
 
     def _given(self, compiled: CompiledPipeline, batches: list[CallArgs]) -> list[dict[str, Tensor]]:
         """Per micro-batch, values of the INPUT and SEED ports by name."""
@@ -181,6 +191,8 @@ class PipelineSession:
             self._made.clear()
             if self._latest is not None:
                 self._latest[1].close()
+            if self._engine is not None:
+                self._engine.close()
 
 
 def cut_batch(call: CallArgs, wanted: int | str, ranks: int) -> list[CallArgs]:
