@@ -23,6 +23,7 @@ import torch.fx as fx
 from .errors import RunError
 from .executors.failure import rank_failed
 from .inductor import Kernel, compile_graph, missing_compiler, taking_turns
+from .late import waiting_late
 from .load import COMPUTE, LoadedProgram, Step
 from .ops import overload_of
 from .ports import Piece
@@ -107,8 +108,11 @@ class Fusion:
         done = [call.region for call in self.calls.values() if call.kernel is not None]
         self.report.compiled, self.report.fused = len(done), sum(r.stop - r.start for r in done)
 
-    def steps(self, segment: Segment) -> Iterator[Step]:
-        """The steps of a segment, a compiled region as one of them."""
+    def steps(self, segment: Segment) -> list[Step]:
+        """The steps of a segment, a compiled region as one of them, every wait as late as possible."""
+        return waiting_late(self._in_order(segment))
+
+    def _in_order(self, segment: Segment) -> Iterator[Step]:
         index = segment.start
         while index < segment.stop:
             call = self.calls.get(index)
