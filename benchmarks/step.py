@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import step_compile
 import step_inductor
+import step_planning
 import step_runtime
 import step_train
 import step_wire
@@ -37,6 +38,7 @@ def main() -> None:
         "wire": step_wire.rows,
         "step": lambda: step_train.rows(quick=options.quick),
         "inductor": lambda: step_inductor.rows(quick=options.quick),
+        "planning": lambda: step_planning.rows(quick=options.quick),
     }
     rows: list[Row] = []
     for name, measure in groups.items():
