@@ -31,6 +31,7 @@ from ..report.text import captured, decisions_table, every_decision, passes_tabl
 from ..retrace import Retrace
 from ..verify.report import LevelResult, Outcome, Verdict
 from ..verify.standalone import verify as prove
+from ..verify.tracing import trace_ranks
 from .conclusion import conclude
 from .doctor import examine
 from .target import Target, load_target
@@ -105,16 +106,29 @@ def _concluded(console: Console, level: str, verdicts: Mapping[str, Verdict]) ->
 def _verify_against(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     target = _target(arguments)
     other = load_target(arguments.against, arguments.input, examples=False)
+    layouts = dict(_layout(text) for text in arguments.layout)
+    transformed: Any = other.model
+    if arguments.ranks:
+        transformed = trace_ranks(other.model, target.args, arguments.ranks, layouts=layouts)
     verdict = prove(
         target.model,
-        other.model,
+        transformed,
         example_args=target.args,
         example_kwargs=target.kwargs,
         level=arguments.level,
+        mesh=arguments.ranks or None,
+        layouts=layouts or None,
         train=not arguments.inference,
     )
     console.print(f"{target.label} against {other.label}", verdict)
     return {**json.loads(verdict.to_json()), **_concluded(console, arguments.level, {other.label: verdict})}
+
+
+def _layout(text: str) -> tuple[str, str]:
+    name, sign, placement = text.partition("=")
+    if not name or not sign or not placement:
+        raise InputError(f"--layout {text!r}: expected NAME=PLACEMENT, such as args[0]=S(1), or out=P(avg)")
+    return name, placement
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -108,6 +108,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE:NAME",
         help="compare the target with this module, on the target's inputs, instead of with its own sharded program",
     )
+    made["verify"].add_argument(
+        "--ranks",
+        default="",
+        metavar="AXIS=N",
+        help="the module of --against is what one rank runs, with torch's functional collectives: trace it for each of N ranks",
+    )
+    made["verify"].add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="NAME=PLACEMENT",
+        help="how an input or output of --against lies over the ranks, such as args[0]=S(1); repeat for several; else replicated",
+    )
 
     for name in ("run", "verify"):
         made[name].add_argument(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import collectives, contractions, creation, indexing, pointwise, ranges, reductions, views
+from . import blocks, collectives, contractions, creation, indexing, pointwise, ranges, reductions, views
 from .integers import is_integer_function
 
 Rule = Callable[..., Any]
@@ -131,6 +131,11 @@ LOOKUPS: Mapping[Any, Rule] = {
     **_ops("gather", indexing.gather),
     **_ops("scatter", indexing.scatter),
     **_ops("scatter_add", indexing.scatter_add),
+    **_ops("index_add", blocks.index_add),
+    **_ops("glu", blocks.glu),
+    **_ops("glu_backward", blocks.glu_backward),
+    **_ops("pixel_shuffle", blocks.pixel_shuffle),
+    **_ops("pixel_unshuffle", blocks.pixel_unshuffle),
     **_ops("index_select", indexing.index_select),
     **_ops("nll_loss_forward nll_loss2d_forward", indexing.nll_loss),
     **_ops("nll_loss_backward nll_loss2d_backward", indexing.nll_loss_backward),

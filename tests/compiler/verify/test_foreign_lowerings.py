@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 from torch.nn.parallel import DistributedDataParallel
 
 import hocket
+from hocket.compiler.cli.main import main
 from hocket.compiler.errors import InputError
 from hocket.compiler.verify.report import Status, Verdict
 from hocket.compiler.verify.tracing import fake_group, trace_function, trace_ranks
@@ -188,6 +191,40 @@ def test_a_change_in_place_is_made_functional() -> None:
     graphs = trace_ranks(summed, [torch.ones(4)], "d=2")
     twice = trace_function(lambda x: 3 * x, [torch.ones(4)])
     assert hocket.verify(twice, graphs, example_args=(torch.ones(4),), mesh="d=2", level="ring").status is Status.EQUAL
+
+
+RANK = """
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import nn
+
+class Whole(nn.Module):
+    def forward(self, x):
+        return x.softmax(-1)
+
+class Piece(nn.Module):
+    def forward(self, x):
+        e = x.exp()
+        return e / funcol.all_reduce(e.sum(-1, keepdim=True), "sum", dist.group.WORLD)
+
+class Forgetful(nn.Module):
+    def forward(self, x):
+        return x.softmax(-1)
+"""
+
+
+def test_the_command_line_compares_a_module_with_what_one_rank_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "softmax.py"
+    file.write_text(RANK)
+    layouts = ["--ranks", "d=2", "--layout", "args[0]=S(1)", "--layout", "out=S(1)"]
+    common = ["verify", f"{file}:Whole", "--input", "3x6", "--json", "--inference", "--level", "ring", *layouts, "--against"]
+    assert main([*common, f"{file}:Piece"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "equal"
+    assert main([*common, f"{file}:Forgetful"]) == 1
+    assert "softmax.py:18" in json.loads(capsys.readouterr().out)["divergence"]
+    assert main([*common, f"{file}:Piece", "--layout", "S(1)"]) == 2
+    assert "expected NAME=PLACEMENT" in capsys.readouterr().err
 
 
 # ---- decompositions -----------------------------------------------------------------------------------------------------------
