@@ -189,10 +189,11 @@ def _same_forms(found: Any, wanted: Any) -> bool:
 def _constant(value: torch.Tensor, name: str) -> torch.Tensor:
     if not (value.is_floating_point() or value.is_complex()):
         return value
-    return _random(tuple(value.shape), torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return random_integers(tuple(value.shape), torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
-def _random(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+def random_integers(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Any 63-bit integers."""
     return torch.randint(-(1 << 62), 1 << 62, tuple(shape), generator=generator)
 
 
@@ -283,5 +284,5 @@ class _Run:
             if role.kind is RoleKind.CONSTANT:
                 found[role] = self.program.constants[role.name]
             else:
-                found[role] = _random(port.shape, generator) if _has_floats(drawn[role]) else drawn[role]
+                found[role] = random_integers(port.shape, generator) if _has_floats(drawn[role]) else drawn[role]
         return found
