@@ -47,9 +47,18 @@ class Cut:
 
 
 def cut_llama(
-    model: Llama, example: tuple[torch.Tensor, torch.Tensor], stages: int, mine: Sequence[int], *, split: bool = True
+    model: Llama,
+    example: tuple[torch.Tensor, torch.Tensor],
+    stages: int,
+    mine: Sequence[int],
+    *,
+    split: bool = True,
+    inductor: bool = False,
 ) -> Cut:
-    """Cut between layers, as evenly as can be; only this rank's stages are made ready. split: the backward, into I and W."""
+    """Cut between layers, as evenly as can be; only this rank's stages are made ready.
+
+    split: the backward, into I and W; inductor: compile every part.
+    """
     program = capture(model, example)
     if split:
         program = BackwardSplit()(program, Context(Mesh.parse("d=1"), RuleTable(), Cluster.default()))
@@ -61,7 +70,8 @@ def cut_llama(
     pipeline = cut_stages(program, forward)
     tensors = {Port("param", name): p.detach().clone() for name, p in model.named_parameters()}
     tensors |= {Port("buffer", name): b for name, b in model.named_buffers()}
-    states = {s: StageState(stage_code(pipeline.stages[s], products=True), held_by(pipeline.stages[s], tensors)) for s in mine}
+    codes = {s: stage_code(pipeline.stages[s], products=True, inductor=inductor) for s in mine}
+    states = {s: StageState(code, held_by(pipeline.stages[s], tensors)) for s, code in codes.items()}
     return Cut(pipeline, states, tuple(program.signature.inputs_of(RoleKind.TANGENT)))
 
 

@@ -32,6 +32,9 @@ from hocket.runtime.schedule.run import Stamp
 from hocket.runtime.schedule.text import format_schedule, parse_schedule
 
 HAND = {"1f1b": "straight", "1f1b-2bp": "straight", "zb-h1": "straight", "interleaved": "loop", "zb-v": "v"}
+TRACED = {"straight": "zb-h1", "v": "zb-v"}
+"""The schedules that costs are traced in, by placement."""
+
 TABLE = (("naive", 1), ("gpipe", 2), ("1f1b", 2), ("1f1b", 4))
 """2BP's rows at two stages: naive, GPipe, 1F1B-1 and 1F1B-2."""
 
@@ -43,7 +46,7 @@ class Setting:
     """One measurement.
 
     config: of the model; micro_batches: each one sequence; rounds: timed; seconds: of search for a schedule; table: the rows of
-    2BP instead of all schedules.
+    2BP instead of all schedules; inductor: compile every part (two stages a rank only).
     """
 
     config: LlamaConfig
@@ -51,6 +54,7 @@ class Setting:
     rounds: int
     seconds: float = 4.0
     table: bool = False
+    inductor: bool = False
 
 
 @dataclass
@@ -121,10 +125,12 @@ class _Contest:
         self.link = new_link(shared)
         example = (self.tokens[:1], self.targets[:1])
         mine = {name: [s for s, r in enumerate(placement(name)) if r == rank] for name in STAGES}
-        straight = cut_llama(self.model, example, 2, mine["straight"])
-        v = cut_llama(self.model, example, 4, sorted({*mine["v"], *mine["loop"]}))
+        inductor = setting.inductor
+        v = cut_llama(self.model, example, 4, sorted({*mine["v"], *(() if inductor else mine["loop"])}), inductor=inductor)
+        self.cuts: dict[str, Cut] = {"v": v} if inductor else {"v": v, "loop": v}
+        if not inductor:
+            self.cuts["straight"] = cut_llama(self.model, example, 2, mine["straight"])
         self.stamps: dict[str, list[Stamp]] = {}
-        self.cuts: dict[str, Cut] = {"straight": straight, "v": v, "loop": v}
 
     def run(self) -> Found:
         """Trace, plan, measure."""
@@ -133,11 +139,11 @@ class _Contest:
         m = self.setting.micro_batches
         size = self.setting.config.context * self.setting.config.width * 4
         link = link_costs(self.link, size)
-        costs = {name: self.traced(closed_form(hand, 2, m), name, link) for name, hand in (("straight", "zb-h1"), ("v", "zb-v"))}
-        schedules = {name: (closed_form(name, 2, m), where) for name, where in HAND.items() if where != "loop" or m % 2 == 0}
+        costs = {name: self.traced(closed_form(hand, 2, m), name, link) for name, hand in TRACED.items() if name in self.cuts}
+        schedules = {name: (closed_form(name, 2, m), where) for name, where in HAND.items() if where in self.cuts}
         predicted = {name: simulate(s, costs["v" if w == "loop" else w]).seconds for name, (s, w) in schedules.items()}
         bound = float("inf")
-        for where in ("straight", "v"):
+        for where in costs:
             schedule, seconds, least = self.planned(costs[where], where)
             schedules[f"synthesised, {where}"], predicted[f"synthesised, {where}"] = (schedule, where), seconds
             bound = min(bound, least)

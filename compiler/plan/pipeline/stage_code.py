@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ....runtime.communicator import Communicator, SingleCommunicator
+from ....runtime.errors import InputError
 from ....runtime.executors.flat import FlatExecutor
+from ....runtime.inductor import compile_graph, missing_compiler
 from ....runtime.load import load
 from ....runtime.schedule.stage import HELD, Part, Port, Run, StageCode, StageState, ValueSpec
+from ....runtime.shapes import Form
 from ...emit import emit
 from ...program import Program, Role, RoleKind, Signature, annotate, copy_program, output_node
 from ...stages import PartKind, Pipeline, StagePart, StageProgram, Value
@@ -24,18 +27,29 @@ from ...stages import PartKind, Pipeline, StagePart, StageProgram, Value
 aten = torch.ops.aten
 
 
-def stage_codes(pipeline: Pipeline, *, products: bool = False) -> list[StageCode]:
-    """What each stage of a pipeline needs on a rank of its own. products: add weight gradients by ``addmm_``, see the module."""
-    return [stage_code(stage, products=products) for stage in pipeline.stages]
+def stage_codes(pipeline: Pipeline, *, products: bool = False, inductor: bool = False) -> list[StageCode]:
+    """What each stage of a pipeline needs on a rank of its own; see ``stage_code``."""
+    return [stage_code(stage, products=products, inductor=inductor) for stage in pipeline.stages]
 
 
-def stage_code(stage: StageProgram, *, products: bool = False, communicator: Communicator | None = None) -> StageCode:
-    """One stage, for the rank of a communicator (default: a rank alone)."""
+def stage_code(
+    stage: StageProgram, *, products: bool = False, inductor: bool = False, communicator: Communicator | None = None
+) -> StageCode:
+    """One stage, for the rank of a communicator (default: a rank alone).
+
+    products: add weight gradients by ``addmm_``, see the module; inductor: compile every part with torch's Inductor, whose kernels
+    round differently from those of eager PyTorch. Raises InputError where Inductor finds no C++ compiler.
+    """
     network = communicator or SingleCommunicator()
+    if inductor and (reason := missing_compiler()):
+        raise InputError(f"inductor=True, but {reason}")
+
+    def code(part: StagePart) -> Part:
+        return part_code(part, network, products=products, inductor=inductor)
 
     def only(kind: PartKind) -> Part | None:
         parts = stage.of(kind)
-        return part_code(parts[0], network, products=products) if parts else None
+        return code(parts[0]) if parts else None
 
     forward = only(PartKind.FORWARD)
     assert forward is not None, "every stage has a forward"
@@ -43,7 +57,7 @@ def stage_code(stage: StageProgram, *, products: bool = False, communicator: Com
         stage=stage.stage,
         forward=forward,
         backward=only(PartKind.BACKWARD_INPUT),
-        weights=tuple(part_code(part, network, products=products) for part in stage.of(PartKind.BACKWARD_WEIGHT)),
+        weights=tuple(code(part) for part in stage.of(PartKind.BACKWARD_WEIGHT)),
         optimizer=only(PartKind.OPTIMIZER),
         receives=_specs(stage.receives),
         sends=_specs(stage.sends),
@@ -52,13 +66,14 @@ def stage_code(stage: StageProgram, *, products: bool = False, communicator: Com
     )
 
 
-def part_code(part: StagePart, communicator: Communicator, *, products: bool = False) -> Part:
-    """One part as a callable with named ports."""
+def part_code(part: StagePart, communicator: Communicator, *, products: bool = False, inductor: bool = False) -> Part:
+    """One part as a callable with named ports; see ``stage_code``."""
     program, ports = part.program, [Port(role.kind.value, role.name) for role in part.program.signature.outputs]
     if products and part.kind in (PartKind.BACKWARD_INPUT, PartKind.BACKWARD_WEIGHT):
         program, ports = as_factors(program)
     inputs = tuple(Port(role.kind.value, role.name) for role in program.signature.inputs)
-    return Part(_runner(program, communicator), inputs, tuple(ports), part.drops)
+    run = _compiled(program) if inductor else _runner(program, communicator)
+    return Part(run, inputs, tuple(ports), part.drops)
 
 
 def as_factors(program: Program) -> tuple[Program, list[Port]]:
@@ -100,6 +115,22 @@ def _runner(program: Program, communicator: Communicator) -> Run:
         found: list[torch.Tensor | None] = [None] * len(emitted.outputs)
         for port, result in zip(order, results, strict=True):
             found[port] = result
+        return found
+
+    return run
+
+
+def _compiled(program: Program) -> Run:
+    """The program as one kernel of Inductor. Outputs that a kernel cannot give (none) stay where they are."""
+    copy, _ = copy_program(program)
+    there = [index for index, node in enumerate(copy.results) if node is not None]
+    output_node(copy.graph.graph).args = (tuple(node for node in copy.results if node is not None),)
+    kernel = compile_graph(copy.graph, [Form.of(node.meta["val"]) for node in copy.placeholders])
+
+    def run(arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+        found: list[torch.Tensor | None] = [None] * len(program.signature.outputs)
+        for index, result in zip(there, kernel(*arguments), strict=True):
+            found[index] = result
         return found
 
     return run

@@ -10,6 +10,7 @@ from hocket.compiler.plan.pipeline.bounds import lower_bound
 from hocket.compiler.plan.pipeline.chain import Chain, balance
 from hocket.compiler.plan.pipeline.chunked_forms import loop_placement, v_placement
 from hocket.compiler.plan.pipeline.costs import LinkCosts, PipelineCosts, StageCosts
+from hocket.compiler.plan.pipeline.cpsat import solve
 from hocket.compiler.plan.pipeline.evaluate import evaluate, fits
 from hocket.compiler.plan.pipeline.forms import NAMES, closed_form
 from hocket.compiler.plan.pipeline.improve import Effort
@@ -188,3 +189,14 @@ def test_recomputation_is_chosen_where_nothing_else_fits() -> None:
     limits = (1.2 * whole,) * 2
     plan = search_jointly(chain, 2, 4, limits, Space(recompute=True), Effort(seconds=1.5, moves=500))
     verify_schedule(plan.synthesis.problem.costs.applied(plan.synthesis.schedule), [limit * (1 + 1e-9) for limit in limits])
+
+
+def test_the_exact_solver_proves_the_known_optimum() -> None:
+    pytest.importorskip("ortools")
+    problem = Problem(PipelineCosts(stages(4), LinkCosts(0.05)), (0, 1, 2, 3), 8, (5.0,) * 4)
+    found = arrays(problem)
+    solved = solve(found, list_schedule(found, Habit()), seconds=20.0)
+    assert solved is not None
+    assert all(fits(found, row, 5.0) for row in solved.order)
+    assert evaluate(found, solved.order).seconds == pytest.approx(27.04)
+    assert 27.04 * 0.995 <= solved.bound <= 27.04 * (1 + 1e-9)

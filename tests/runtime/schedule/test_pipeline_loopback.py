@@ -14,7 +14,9 @@ from hocket.compiler.plan.pipeline.costs import PipelineCosts
 from hocket.compiler.plan.pipeline.forms import FOLDED, NAMES, closed_form, inference, schedule_of
 from hocket.compiler.plan.pipeline.listing import Habit, list_schedule
 from hocket.compiler.plan.pipeline.problem import Problem, arrays
+from hocket.compiler.plan.pipeline.stage_code import held_by, stage_codes
 from hocket.errors import InputError, RankFailed
+from hocket.runtime.inductor import missing_compiler
 from hocket.runtime.schedule.instruction import Instr, Op, Schedule
 from hocket.runtime.schedule.loopback import LoopbackPipeline
 from hocket.runtime.schedule.stage import Part, Port, StageCode, StageState
@@ -178,3 +180,20 @@ def test_another_number_of_pieces_than_the_stage_has_is_refused() -> None:
     order = [[Instr(Op.F, 0), Instr(Op.I, 0), Instr(Op.W, 0, 0, 0), Instr(Op.W, 0, 0, 1)], [Instr(Op.F, 1), Instr(Op.B, 1)]]
     with pytest.raises(InputError, match="stage 0: the schedule runs 2 pieces of its weight gradient, it has 1"):
         LoopbackPipeline(schedule_of(order, (0, 1), 1, name="pieces"), case(2).states())
+
+
+@pytest.mark.slow
+def test_parts_compiled_by_inductor_compute_the_same() -> None:
+    if missing_compiler():
+        pytest.skip(missing_compiler())
+    made, data = case(2), batches(2)
+    tensors = made.tensors()
+    codes = stage_codes(made.pipeline, products=True, inductor=True)
+    states = [StageState(code, held_by(stage, tensors)) for code, stage in zip(codes, made.pipeline.stages, strict=True)]
+    pipeline = LoopbackPipeline(closed_form("zb-h1", 2, 2), states)
+    losses = pipeline.step([made.given(batch) for batch in data])
+    expected, gradients = made.accumulated(data)
+    for found, loss in zip(losses, expected, strict=True):
+        torch.testing.assert_close(next(iter(found.values())), loss)
+    for name, gradient in pipeline.gradients().items():
+        torch.testing.assert_close(gradient, gradients[name])
