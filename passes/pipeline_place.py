@@ -16,6 +16,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.fx as fx
 
 from ..compiler.errors import InputError
@@ -124,16 +125,29 @@ def _place_backward(
         stages[node] = min((limit for limit in limits if limit is not None), default=max(stages.values()))
         if node.target is operator.getitem:
             stages[node] = stages[node.args[0]]  # type: ignore[index]
-    _advance_what_others_need(program, stages)
+    _advance_what_others_need(program, stages, _sums_of(gradients))
 
 
-def _advance_what_others_need(program: Program, stages: Mapping[fx.Node, int]) -> None:
+def _sums_of(gradients: Mapping[str, fx.Node]) -> set[fx.Node]:
+    """The additions at the end of gradients, whose terms each stage keeps to itself."""
+    found: set[fx.Node] = set()
+    stack = list(gradients.values())
+    while stack:
+        node = stack.pop()
+        if node.target is torch.ops.aten.add.Tensor:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _advance_what_others_need(program: Program, stages: Mapping[fx.Node, int], sums: set[fx.Node]) -> None:
     """Gradients of weights that another stage still needs (those of a weight computed from others there) belong to part I."""
     urgent: set[fx.Node] = set()
     for node in reversed(program.nodes):
         if node.op != "call_function" or not (is_alias(node) or note(node).phase is Phase.BACKWARD_WEIGHT):
             continue
-        readers = [user for user in node.users if user.op == "call_function" and note(user).phase is not Phase.OPTIMIZER]
+        users = [user for user in node.users if user.op == "call_function" and user not in sums]
+        readers = [user for user in users if note(user).phase is not Phase.OPTIMIZER]
         moved = any(reader in stages and stages.get(base_of(node)) != stages[reader] for reader in readers)
         if moved or any(
             reader in urgent or (reader in stages and kind_of(reader) is PartKind.BACKWARD_INPUT) for reader in readers

@@ -19,7 +19,7 @@ from ...runtime.schedule.instruction import Schedule
 from ..capture.front import Example
 from ..capture.step import scalar_loss
 from ..capture.trace import Aim
-from ..contract import Context
+from ..contract import Context, Pass
 from ..cost.cluster import Cluster
 from ..errors import InputError
 from ..passmanager import PassRecord, run_passes
@@ -31,7 +31,8 @@ from ..plan.tactics import RewriteTactic
 from ..program import Program
 from ..rules.table import RuleTable
 from ..stages import Pipeline
-from .pipeline_units import partition, stage_costs
+from ..verify.report import Status, Verdict
+from .pipeline_units import partition, stage_costs, weight_pieces
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PipelineParallel(RewriteTactic):
 
     axis: of the mesh. microbatches: how many a batch is cut into, "auto" for twice the ranks where that divides it. schedule:
     "auto" searches for one that suits the predicted costs, or the name of a known one ("gpipe", "1f1b", "1f1b-2bp", "zb-h1", ...).
+    pieces: into how many parts a stage's weight gradients are cut, at most; more of them fill smaller gaps.
     memory: most bytes of activations a rank may hold ("8GB"), None for no limit. loss: from the model's result to a scalar, None
     where the model returns the loss itself. reduction: "mean" where the loss of a batch is the mean of those of its parts, else
     "sum". split: options of the backward split.
@@ -48,6 +50,7 @@ class PipelineParallel(RewriteTactic):
     axis: str = "pp"
     microbatches: int | str = "auto"
     schedule: str = "auto"
+    pieces: int = 1
     memory: int | str | None = None
     loss: Callable[[Any], torch.Tensor] | None = None
     reduction: str = "mean"
@@ -59,6 +62,8 @@ class PipelineParallel(RewriteTactic):
             raise InputError(f'microbatches must be "auto" or a positive number; found {self.microbatches!r}')
         if self.schedule != "auto" and self.schedule not in NAMES:
             raise InputError(f'schedule must be "auto" or one of {", ".join(NAMES)}; found {self.schedule!r}')
+        if self.pieces < 1:
+            raise InputError(f"pieces must be a positive number; found {self.pieces}")
         if self.reduction not in ("mean", "sum"):
             raise InputError(f'reduction must be "mean" or "sum"; found {self.reduction!r}')
         parse_bytes(self.memory)
@@ -69,7 +74,7 @@ class CompiledPipeline:
     """One form of call, ready to run.
 
     captured: one micro-batch's step; pipeline: its stages; joined: all parts in a row, which was proven equal; schedule: what every
-    rank does; predicted: seconds and bound of a step, None for a known schedule.
+    rank does; how: why that one; costs: predicted; seconds: wall time of each stage of compilation; passes: those that were run.
     """
 
     captured: Program
@@ -80,6 +85,14 @@ class CompiledPipeline:
     costs: PipelineCosts
     how: str
     seconds: Mapping[str, float]
+    passes: tuple[Pass, ...]
+    context: Context
+
+    def prove_again(self, level: str) -> Verdict:
+        """Every pass once more, proven to another level; the verdict of the first that is not shown equal, or of the last."""
+        _, records = run_passes(self.captured, self.passes, self.context, level=level)
+        verdicts = [record.verdict for record in records]
+        return next((verdict for verdict in verdicts if verdict.status is not Status.EQUAL), verdicts[-1])
 
 
 def compile_pipeline(
@@ -101,17 +114,21 @@ def compile_pipeline(
     captured = time.perf_counter()
     context = Context(Mesh(((tactic.axis, ranks),)), RuleTable(), Cluster.current())
     costs = Costs(context.cluster)
-    split, records = run_passes(program, (tactic.split,) if train else (), context, level=level)
+    early: tuple[Pass, ...] = (tactic.split,) if train else ()
+    split, records = run_passes(program, early, context, level=level)
     stages = 2 * ranks if train and tactic.schedule in (*FOLDED, "interleaved") else ranks
     forward = partition(split, stages, costs)
-    joined, cut_records = run_passes(split, (CutStages(forward),), context, level=level)
-    pipeline = cut_stages(split, forward)
+    pieces = weight_pieces(split, forward, tactic.pieces, costs) if train and tactic.pieces > 1 else {}
+    cut = CutStages(forward, pieces)
+    joined, cut_records = run_passes(split, (cut,), context, level=level)
+    pipeline = cut_stages(split, forward, pieces)
     proven = time.perf_counter()
     line = LinkCosts(latency=2e-5, send_byte=costs.seconds_per_byte(), receive_byte=costs.seconds_per_byte())
     known = PipelineCosts(tuple(stage_costs(stage, costs) for stage in pipeline.stages), line, 2e-5)
     schedule, how = _schedule(tactic, known, ranks, microbatches, train=train)
     seconds = {"capture": captured - start, "passes and proof": proven - captured, "schedule": time.perf_counter() - proven}
-    return CompiledPipeline(program, pipeline, joined, schedule, (*records, *cut_records), known, how, seconds)
+    passes = (*early, cut)
+    return CompiledPipeline(program, pipeline, joined, schedule, (*records, *cut_records), known, how, seconds, passes, context)
 
 
 def _capture(

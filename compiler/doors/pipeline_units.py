@@ -7,7 +7,8 @@ after residual additions. What lies between two cuts is a unit; its backward is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -15,6 +16,7 @@ import torch.fx as fx
 from ...passes.backward_split_choice import base_of
 from ...passes.backward_split_costs import Costs, is_alias, stored_bytes
 from ...passes.pipeline_drafts import gradients_of
+from ...passes.pipeline_parts import groups_of
 from ...passes.pipeline_place import place, portable_nodes
 from ..errors import InputError
 from ..plan.pipeline.chain import balance
@@ -68,6 +70,25 @@ def partition(program: Program, stages: int, costs: Costs) -> dict[str, int]:
     bounds = (0, *balance(units.work, sends, stages), len(units.work))
     stage_of = [stage for stage in range(stages) for _ in range(bounds[stage], bounds[stage + 1])]
     return {name: stage_of[unit] for name, unit in units.of.items()}
+
+
+def weight_pieces(program: Program, forward: Mapping[str, int], count: int, costs: Costs) -> dict[str, int]:
+    """Node of a weight gradient -> the piece it belongs to: at most ``count`` pieces a stage, of equal work, in the backward's
+    order."""
+    copy, _ = copy_program(program)
+    placement = place(copy, forward, gradients_of(copy))
+    by_stage: dict[int, list[fx.Node]] = {}
+    for node in copy.nodes:
+        if node in placement.stages and note(node).phase is Phase.BACKWARD_WEIGHT:
+            by_stage.setdefault(placement.stages[node], []).append(node)
+    found: dict[str, int] = {}
+    for nodes in by_stage.values():
+        groups = groups_of(nodes)
+        work = [sum(map(costs.seconds, group)) for group in groups]
+        bounds = (0, *balance(work, [0.0] * len(work), min(count, len(groups))), len(groups))
+        for piece, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            found.update((node.name, piece) for group in groups[start:stop] for node in group)
+    return found
 
 
 def _crossing(calls: Sequence[fx.Node]) -> list[int]:

@@ -58,13 +58,21 @@ class ResidentPipeline:
         try:
             outputs = self._rank.step(self._given)
         except RunError as error:
-            raise RunError(str(error)) from None  # it names the instruction and the line
+            raise RunError(_in_stage(error)) from None
         for m, name, target in self._outputs:
             target.copy_(outputs[m][name])
         for state in self._states.values():
             for port, value in state.held.items():
                 if value is not self._held[port]:  # a stage replaces what it updates
                     state.held[port] = self._held[port].copy_(value)
+
+
+def _in_stage(error: RunError) -> str:
+    """What happened in a stage's program, with the line; the number of the rank is added by who reports it."""
+    cause = error.__cause__
+    if not error.instruction or cause is None:
+        return str(error)
+    return f"{error.instruction} from {error.source or 'an unknown line'}: {type(cause).__name__}: {cause}"
 
 
 def stage_code(description: dict[str, Any], monitor: Monitor | None = None) -> StageCode:
