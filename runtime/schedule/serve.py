@@ -10,9 +10,10 @@ An error in a stage belongs to its request: that request's result raises it, all
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, RankFailed, RunError
+from .stage import HELD, StageState
 
 Values = Any
 """What stages hand on: whatever the first one takes and each gives to the next."""
@@ -33,6 +35,47 @@ class _Request:
     result: Future[Values]
     failed: BaseException | None = None
     stage: int = 0
+
+
+@dataclass
+class _Flow:
+    """A request on its way through the programs of stages: its inputs, the values under way, and its outputs."""
+
+    given: Mapping[str, torch.Tensor]
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def stage_calls(states: Sequence[StageState]) -> list[StageCall]:
+    """The forwards of compiled stages for an ``InferencePipeline``: a request is its inputs by name, a result its outputs by name.
+
+    All requests have the shapes that the stages were made for. InputError for a model whose forward changes its buffers: requests
+    that overlap would see them change.
+    """
+    for state in states:
+        changed = [port.name for port in state.code.forward.outputs if port.kind == "update"]
+        if changed:
+            raise InputError(f"stage {state.code.stage} changes {', '.join(changed)}; capture the model in eval mode to serve it")
+    return [functools.partial(_forward, state, state is states[-1]) for state in states]
+
+
+def _forward(state: StageState, last: bool, value: Values) -> Values:  # noqa: FBT001
+    flow = value if isinstance(value, _Flow) else _Flow(value)
+    part = state.code.forward
+    arguments = []
+    for port in part.inputs:
+        kind, name = port
+        found = flow.values.get(name) if kind == "value" else state.held.get(port) if kind in HELD else flow.given.get(name)
+        if found is None:
+            raise InputError(f"the request has no {kind} {name!r}; it has {sorted(flow.given)}")
+        arguments.append(found)
+    wanted = {spec.name for spec in state.code.sends}
+    made = dict(flow.values)
+    for port, result in zip(part.outputs, part.run(arguments), strict=True):
+        if result is not None:
+            (made if port.kind == "value" else flow.outputs)[port.name] = result
+    flow.values = {name: tensor for name, tensor in made.items() if name in wanted}
+    return flow.outputs if last else flow
 
 
 _STOP = object()

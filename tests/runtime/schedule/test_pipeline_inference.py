@@ -7,9 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelined_models import Chain, batches
 
+from hocket.compiler.capture import capture
+from hocket.compiler.plan.pipeline.stage_code import states_of
 from hocket.errors import InputError, RankFailed, RunError
-from hocket.runtime.schedule.serve import InferencePipeline
+from hocket.passes.pipeline import cut_stages
+from hocket.runtime.schedule.serve import InferencePipeline, stage_calls
+from hocket.runtime.schedule.stage import Port, StageState
 
 
 @settings(max_examples=20, deadline=None)
@@ -83,3 +88,32 @@ def test_closing_finishes_what_was_submitted_and_ends_the_threads() -> None:
 def test_no_stages_are_refused() -> None:
     with pytest.raises(InputError, match="at least one stage"):
         InferencePipeline([])
+
+
+def forward_stages(norm: str) -> tuple[torch.nn.Module, list[StageState]]:
+    torch.manual_seed(0)
+    model = Chain(3, norm=norm)
+    if norm == "layer":
+        model.eval()
+    program = capture(model, batches(1)[0], train=False)
+    calls = [node for node in program.nodes if node.op == "call_function"]
+    pipeline = cut_stages(program, {node.name: min(place * 3 // len(calls), 2) for place, node in enumerate(calls)})
+    tensors = {Port("param", name): p.detach() for name, p in model.named_parameters()}
+    tensors |= {Port("buffer", name): b for name, b in model.named_buffers()}
+    return model, states_of(pipeline, tensors)
+
+
+def test_compiled_stages_serve_requests() -> None:
+    model, states = forward_stages("layer")
+    requests = batches(6)
+    with InferencePipeline(stage_calls(states)) as pipeline:
+        results = list(pipeline.map([{"args[0]": x, "args[1]": y} for x, y in requests]))
+        with pytest.raises(RankFailed, match=r"no input 'args\[1\]'"):
+            pipeline.submit({"args[0]": requests[0][0]}).result(20)
+    for found, request in zip(results, requests, strict=True):
+        torch.testing.assert_close(next(iter(found.values())), model(*request).detach())
+
+
+def test_a_model_that_changes_while_it_serves_is_refused() -> None:
+    with pytest.raises(InputError, match="capture the model in eval mode to serve it"):
+        stage_calls(forward_stages("batch")[1])
