@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ...runtime.mesh import Mesh
 from ..capture import Specialisations, capture_step, initial_state
 from ..errors import InputError
+from ..plan.tactics import capturing
 from ..program import Program
 from ..retrace import Retrace
 from .hall import Compiled, compile_program
@@ -70,7 +71,8 @@ class TrainStep:
         model = self.session.state.captured
 
         def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-            return capture_step(model, self.optimizer, args, kwargs, loss=self._loss)
+            with capturing(self.session.options.tactics):
+                return capture_step(model, self.optimizer, args, kwargs, loss=self._loss)
 
         program = step(args, kwargs)
         captured = time.perf_counter() - start

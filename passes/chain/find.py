@@ -103,13 +103,13 @@ def find_chains(graph: fx.Graph, shortest: int) -> tuple[list[Found], list[Refus
     refused: list[Refused] = []
     while True:
         runs = _runs(table.symbols, shortest)
-        chain = None
+        chain: Found | None = None
         for start, length, period in runs[:CANDIDATES]:
-            chain = _best_start(table, start, length, period, shortest)
-            if isinstance(chain, Found):
+            looked_at = _best_start(table, start, length, period, shortest)
+            if isinstance(looked_at, Found):
+                chain = looked_at
                 break
-            refused.append(Refused(nodes[start], length // period, chain))
-            chain = None
+            refused.append(Refused(nodes[start], length // period, looked_at))
         if chain is None:
             break
         found.append(chain)
@@ -243,7 +243,7 @@ def _read(table: _Table, start: int, period: int, count: int) -> Found | str:
             problem = reader.argument(offset, [table.arguments[place][position] for place in places])
             if problem:
                 return problem
-    if not reader.inits:
+    if not _feeds_itself(reader, [len(table.arguments[start + offset]) for offset in range(period)]):
         return "its steps do not feed each other"
     missing = [(o, d) for (o, far) in list(reader.inits) for d in range(1, far) if (o, d) not in reader.inits]
     if missing:
@@ -294,6 +294,24 @@ class _Reader:
     def _within(self, node: fx.Node) -> int | None:
         place = self.place.get(node)
         return place - self.start if place is not None and self.start <= place < self.stop else None
+
+
+def _feeds_itself(reader: _Reader, arities: Sequence[int]) -> bool:
+    """Whether some carry depends on itself, through however many steps; one that is only passed on is no recurrence."""
+    slots = iter(reader.slots)
+    made: list[set[Any]] = []
+    for arity in arities:
+        sources = [next(slots) for _ in range(arity)]
+        own = {where for kind, where in sources if kind == "carry"}
+        made.append(own.union(*(made[where] for kind, where in sources if kind == "in")))
+    needs = {(offset, d): made[offset] if d == 1 else {(offset, d - 1)} for offset, d in reader.inits}
+    while needs:
+        loose = [key for key, read in needs.items() if not read & needs.keys()]
+        if not loose:
+            return True
+        for key in loose:
+            del needs[key]
+    return False
 
 
 def _is_acyclic(chain: Found) -> bool:

@@ -22,6 +22,7 @@ from ..errors import ProgramError
 from .body import read_body
 from .decide import decided
 from .how import How, read_how
+from .newton import newton, shooting
 from .report import RECENT
 from .solvers import Solved, Stop, blocks, jacobi, loop, windows
 from .steps import Chain
@@ -72,6 +73,10 @@ def run_solver(chain: Chain, how: How) -> Solved:
             return blocks(chain, stop, window, cap=max(2, -(-chain.count // (4 * window))))
         case "windows":
             return windows(chain, stop, window)
+        case "shooting":
+            return shooting(chain, stop, window)
+        case "newton":
+            return newton(chain, stop)
     return loop(chain)
 
 

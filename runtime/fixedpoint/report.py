@@ -27,7 +27,7 @@ class ChainReport:
     fell_back: str = ""
 
     @property
-    def error_bound(self) -> float:
+    def error_estimate(self) -> float:
         """Distance to the solution, from the residual r and the contraction rho: r / (1 - rho)."""
         if self.residual == 0.0:
             return 0.0

@@ -97,7 +97,7 @@ def jacobi(chain: Chain, stop: Stop, sweeps: int = 0, cap: int = 0) -> Solved:
     while done < most and not settled:
         states = lanes.unpack(lanes.step(lanes.pack(guess), streams))
         done += 1
-        new = _shifted(chain.init, states)
+        new = shifted(chain.init, states)
         if not sweeps:
             stop.measure(new)
             settled = done >= count or stop.settled(new, guess)
@@ -105,7 +105,7 @@ def jacobi(chain: Chain, stop: Stop, sweeps: int = 0, cap: int = 0) -> Solved:
     if sweeps or settled:
         residual = 0.0 if done >= count else stop.residual
         return Solved(states, ChainReport("jacobi", count, done, done, residual, exact_prefix=min(done, count)))
-    return _finish(chain, states, done, ChainReport("jacobi", count, done, done, stop.residual, exact_prefix=done))
+    return finish(chain, states, done, ChainReport("jacobi", count, done, done, stop.residual, exact_prefix=done))
 
 
 def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0) -> Solved:
@@ -113,7 +113,7 @@ def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0) -> Solved:
     count = chain.count
     number = -(-count // window)
     lanes = chain.lanes(number)
-    columns = [_by_step(lanes, stream, window) for stream in chain.streams]
+    columns = [by_step(lanes, stream, window) for stream in chain.streams]
     slices = [[column[t] for column in columns] for t in range(window)]
     guess = [torch.cat([first[None], first.new_zeros((number - 1, *first.shape))]) for first in chain.init]
     state, stored = lanes.pack(guess), []
@@ -123,35 +123,42 @@ def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0) -> Solved:
     stop.measure([torch.stack([s[j] for s in stored]) for j in range(len(guess))])
     steps, sweeps, settled, contraction, residual = window, 1, number == 1, None, 0.0
     while not settled and sweeps < min(cap or number, number):
-        new = _shifted(chain.init, lanes.unpack(state))
+        new = shifted(chain.init, lanes.unpack(state))
         if stop.settled(new, guess):
             settled = True
             break
-        first_change = stop.residual
         guess, sweeps = new, sweeps + 1
-        made, merged = _resweep(lanes, lanes.pack(new), slices, stored, stop)
+        made, merged, rate = _resweep(lanes, lanes.pack(new), slices, stored, stop)
         steps += made
         state, residual = stored[-1], stop.residual
-        contraction = _rate(first_change, residual, made) if merged else contraction
-        settled = sweeps >= number or (merged and stop.settled(_shifted(chain.init, lanes.unpack(state)), guess))
-    trajectory = [_in_order(lanes, [s[j] for s in stored], count) for j in range(len(guess))]
+        contraction = contraction if rate is None else rate
+        settled = sweeps >= number or (merged and stop.settled(shifted(chain.init, lanes.unpack(state)), guess))
+    trajectory = [in_order(lanes, [s[j] for s in stored], count) for j in range(len(guess))]
     exact = min(sweeps * window, count)
     if exact == count:
         residual = 0.0
     report = ChainReport(f"blocks:{window}", count, steps, sweeps, residual, contraction, exact)
-    return Solved(trajectory, report) if settled else _finish(chain, trajectory, exact, report)
+    return Solved(trajectory, report) if settled else finish(chain, trajectory, exact, report)
 
 
 def _resweep(
     lanes: Lanes, state: list[Tensor], slices: list[list[Tensor]], stored: list[list[Tensor]], stop: Stop
-) -> tuple[int, bool]:
-    """Go on from new starts until every lane has merged with its stored states, which are replaced. Steps made; whether merged."""
+) -> tuple[int, bool, float | None]:
+    """Go on from new starts until every lane has merged with its stored states, which are replaced.
+
+    Returns the steps made, whether all merged, and the factor a step by which the last differences shrank.
+    """
+    rate, last = None, math.inf
     for t, inputs in enumerate(slices):
         state = lanes.step(state, inputs)
         before, stored[t] = stored[t], state
-        if t % TEST_EVERY == TEST_EVERY - 1 and stop.settled(state, before):
-            return t + 1, True
-    return len(slices), False
+        if t % TEST_EVERY == TEST_EVERY - 1:
+            merged = stop.settled(state, before)
+            rate = (stop.residual / last) ** (1 / TEST_EVERY) if 0.0 < stop.residual < last < math.inf else rate
+            last = stop.residual
+            if merged:
+                return t + 1, True, rate
+    return len(slices), False, rate
 
 
 def windows(chain: Chain, stop: Stop, window: int) -> Solved:
@@ -179,7 +186,7 @@ def windows(chain: Chain, stop: Stop, window: int) -> Solved:
     return Solved([states[:count] for states in trajectory], report)
 
 
-def _finish(chain: Chain, trajectory: list[Tensor], exact: int, report: ChainReport) -> Solved:
+def finish(chain: Chain, trajectory: list[Tensor], exact: int, report: ChainReport) -> Solved:
     """The rest by the loop, from the last exact state."""
     before = [states[exact - 1] for states in trajectory] if exact else chain.init
     rest = _stacked(chain.loop(before, exact, chain.count)) if exact < chain.count else []
@@ -193,12 +200,12 @@ def _stacked(states: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack([state[j] for state in states]) for j in range(len(states[0]))]
 
 
-def _shifted(init: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+def shifted(init: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
     """The states before, from those after: each lane starts where the one before it ended."""
     return [torch.cat([first[None], states[:-1]]) for first, states in zip(init, after, strict=True)]
 
 
-def _by_step(lanes: Lanes, stream: Tensor, window: int) -> tuple[Tensor, ...]:
+def by_step(lanes: Lanes, stream: Tensor, window: int) -> tuple[Tensor, ...]:
     """The slices of a stream [count, ...] for all lanes, by step within the block. The last block repeats the last slice."""
     missing = lanes.n * window - stream.shape[0]
     if missing:
@@ -208,11 +215,7 @@ def _by_step(lanes: Lanes, stream: Tensor, window: int) -> tuple[Tensor, ...]:
     return packed.unbind(0)
 
 
-def _in_order(lanes: Lanes, by_step: list[Tensor], count: int) -> Tensor:
+def in_order(lanes: Lanes, by_step: list[Tensor], count: int) -> Tensor:
     """States stored by step within the block as states in the order of the chain."""
     stacked = torch.stack([lanes.unpack([states])[0] for states in by_step], 1)  # [lanes, window, *shape]
     return stacked.flatten(0, 1)[:count]
-
-
-def _rate(first: float, last: float, steps: int) -> float | None:
-    return (last / first) ** (1 / steps) if 0.0 < last < first < math.inf else None

@@ -55,7 +55,9 @@ def _sweeps(alg: Algebra, step: _Step, init: Values, slices: list[list[Value]], 
         after = [step(state, inputs)[: len(init)] for state, inputs in zip(states, slices, strict=True)]
         states = [list(init), *after[:-1]]
     rows = [step(state, inputs) for state, inputs in zip(states, slices, strict=True)]
-    return [[*own, *row[len(init) :]] for own, row in zip(after, rows, strict=True)]
+    place = {slot: i for i, slot in enumerate(step.body.following)}
+    emits = [(place.get(slot), len(init) + i) for i, slot in enumerate(step.body.emits)]
+    return [[*own, *[row[i] if state is None else own[state] for state, i in emits]] for own, row in zip(after, rows, strict=True)]
 
 
 class _Step:

@@ -1,0 +1,92 @@
+"""Recurrent layers of torch as chains, through ``hocket.parallelize`` with ``Jacobi()`` and no change of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from common import Row, Sample, at_most, cpu_seconds, progress, versus
+from torch import Tensor, nn
+
+import hocket
+
+FORWARD = "recurrent layers, forward, one core"
+STEP = "recurrent layers, forward and backward, one core"
+WORST = "where it should not be worse than torch"
+INPUT = 32
+EQUAL = "results differ from torch's by, relative to the largest"
+
+
+def rows(*, quick: bool) -> list[Row]:
+    """CPU seconds of one thread, and how far the results are from torch's."""
+    torch.set_num_threads(1)
+    found: list[Row] = []
+    widths = (64, 128) if quick else (64, 128, 256, 512)
+    for kind in ("RNN", "GRU"):
+        for width in widths:
+            found += _forward(FORWARD, kind, (1000, 1, width), 3.0)
+    for kind, width in [("RNN", width) for width in widths] + [("GRU", 128)]:
+        found += _step(kind, (1000, 1, width), 6.0 if kind == "RNN" else None)
+    found += _forward(WORST, "RNN", (100, 1, 128), 1 / 1.1)
+    if not quick:
+        found += _forward(WORST, "RNN", (1000, 16, 256), 1 / 1.1)
+        found += _forward(WORST, "GRU", (100, 16, 128), 1 / 1.1)
+    return found
+
+
+def _case(kind: str, sizes: tuple[int, int, int]) -> str:
+    steps, batch, width = sizes
+    return f"nn.{kind}, T={steps}, B={batch}, H={width}"
+
+
+def _compiled(layer: nn.Module, x: Tensor) -> nn.Module:
+    return hocket.parallelize(layer, "one=1", (x,), tactics=[hocket.Jacobi()], engine="sim", verify="off")
+
+
+def _forward(claim: str, kind: str, sizes: tuple[int, int, int], goal: float) -> list[Row]:
+    steps, batch, width = sizes
+    progress(f"{_case(kind, sizes)}, forward")
+    torch.manual_seed(0)
+    layer, x = getattr(nn, kind)(INPUT, width).requires_grad_(requires_grad=False), torch.randn(steps, batch, INPUT)
+    with torch.no_grad():
+        ours = _compiled(layer, x)
+        for _ in range(3):  # the first call measures
+            found = ours(x)[0]
+        difference = _difference(found, layer(x)[0])
+        times = _alternating(lambda: ours(x), lambda: layer(x))
+    return _rows(claim, _case(kind, sizes), times, goal, difference)
+
+
+def _step(kind: str, sizes: tuple[int, int, int], goal: float | None) -> list[Row]:
+    steps, batch, width = sizes
+    progress(f"{_case(kind, sizes)}, forward and backward")
+    torch.manual_seed(0)
+    layer, x = getattr(nn, kind)(INPUT, width), torch.randn(steps, batch, INPUT)
+    weight = torch.randn(steps, batch, width) / steps
+
+    def gradients(module: nn.Module) -> list[Tensor]:
+        (module(x)[0] * weight).sum().backward()
+        found = [p.grad for p in module.parameters() if p.grad is not None]
+        module.zero_grad(set_to_none=True)
+        return found
+
+    expected = gradients(layer)
+    ours = _compiled(layer, x)
+    for _ in range(3):
+        found = gradients(ours)
+    difference = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
+    return _rows(STEP, _case(kind, sizes), _alternating(lambda: gradients(ours), lambda: gradients(layer)), goal, difference)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().amax() / expected.abs().amax())
+
+
+def _alternating(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 5) -> tuple[Sample, Sample]:
+    pairs = [(cpu_seconds(ours, 3), cpu_seconds(theirs, 3)) for _ in range(rounds)]
+    return Sample(tuple(v for a, _ in pairs for v in a.values)), Sample(tuple(v for _, b in pairs for v in b.values))
+
+
+def _rows(claim: str, case: str, times: tuple[Sample, Sample], goal: float | None, difference: float) -> list[Row]:
+    ours, theirs = times
+    return [versus(claim, case, ours, "torch", theirs, goal), at_most(EQUAL, f"{claim}: {case}", Sample((difference,), ""), 5e-6)]
