@@ -8,6 +8,7 @@ after residual additions. What lies between two cuts is a unit; its backward is 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ def units_of(program: Program, costs: Costs) -> Units:
         node
         for node in program.nodes
         if node.op == "call_function" and note(node).phase is Phase.FORWARD and not is_alias(node) and node not in portable
+        if node.target is not operator.getitem  # an element belongs to the call that makes it
     ]
     crossing = _crossing(calls)
     cuts = _narrow_places(crossing)
@@ -93,16 +95,17 @@ def weight_pieces(program: Program, forward: Mapping[str, int], count: int, cost
 
 def _crossing(calls: Sequence[fx.Node]) -> list[int]:
     """Bytes made at or before each position and read after it."""
+    made = {node: position for position, node in enumerate(calls)}
     last: dict[fx.Node, int] = {}
-    for position, node in enumerate(calls):
+    for node, position in made.items():
         for source in node.all_input_nodes:
             last[base_of(source)] = position
     change = [0] * (len(calls) + 1)
-    for position, node in enumerate(calls):
-        if last.get(node, position) > position:
-            size = stored_bytes(node)
-            change[position] += size
-            change[last[node]] -= size
+    for node, position in last.items():
+        start = made.get(node.all_input_nodes[0] if node.target is operator.getitem else node, position)
+        if position > start:
+            change[start] += stored_bytes(node)
+            change[position] -= stored_bytes(node)
     total, found = 0, []
     for entry in change[: len(calls)]:
         total += entry

@@ -83,11 +83,18 @@ def stage_code(description: dict[str, Any], monitor: Monitor | None = None) -> S
 
     forward = only("forward")
     assert forward is not None, "every stage has a forward"
-    messages = {
-        key: tuple(_spec(*entry) for entry in description[key]) for key in ("receives", "sends", "receives_back", "sends_back")
-    }
+    receives, sends, receives_back, sends_back = (tuple(_spec(*entry) for entry in description[key]) for key in MESSAGES)
     weights = tuple(_part(part, monitor) for part in description["weights"])
-    return StageCode(stage=description["stage"], forward=forward, backward=only("backward"), weights=weights, **messages)
+    return StageCode(
+        stage=description["stage"],
+        forward=forward,
+        backward=only("backward"),
+        weights=weights,
+        receives=receives,
+        sends=sends,
+        receives_back=receives_back,
+        sends_back=sends_back,
+    )
 
 
 def describe_spec(spec: ValueSpec) -> list[Any]:

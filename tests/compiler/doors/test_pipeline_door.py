@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hocket
+from hocket.compiler.doors.module import session_of
 from hocket.compiler.doors.pipeline import cut_batch
 from hocket.compiler.doors.pipeline_compile import parse_bytes
 from hocket.compiler.errors import InputError
@@ -152,6 +153,18 @@ def test_more_stages_than_layers_is_refused_with_the_most_that_would_work() -> N
 def test_senseless_options_are_refused_at_the_door(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         hocket.parallelize(Net(), "pp=2", tactics=[hocket.PipelineParallel(**options)], engine="sim")
+
+
+def test_stages_are_of_equal_work_and_no_call_is_torn_from_its_results() -> None:
+    torch.manual_seed(0)
+    attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(attention, copy.deepcopy(attention), copy.deepcopy(attention), copy.deepcopy(attention))
+    tactic = hocket.PipelineParallel(microbatches=2, loss=lambda out: out.square().mean())
+    with hocket.parallelize(model, "pp=4", tactics=[tactic], engine="sim") as stages:
+        stages.train_step(torch.randn(4, 6, 8))
+        owners = [{name.split(".")[0] for name in stage.parameters} for stage in session_of(stages).compiled.pipeline.stages]
+    assert set().union(*owners) == {"0", "1", "2", "3"}
+    assert all(len(names) <= 2 for names in owners)
 
 
 def test_what_a_pipeline_cannot_do_is_refused_by_name(batch: tuple[Tensor, Tensor]) -> None:
