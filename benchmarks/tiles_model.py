@@ -31,8 +31,8 @@ def measured_cluster(ranks: Ranks, repeats: int) -> Cluster:
     base = Cluster.default()
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
-        times = ranks.times("products", [(768, 768, 768)], dtype, repeats)
-        flops[str(dtype).removeprefix("torch.")] = 2 * 768**3 / statistics.median(next(iter(times.values())))
+        times = ranks.times("products", [(256, 256, 256)], dtype, repeats)
+        flops[str(dtype).removeprefix("torch.")] = 2 * 256**3 / statistics.median(next(iter(times.values())))
     lines: dict[StepKind, Line] = dict(base.collectives)
     for kind in (StepKind.REDUCE_SCATTER, StepKind.ALL_REDUCE, StepKind.ALL_GATHER):
         times = ranks.times("collective", kind.value, SIZES, repeats)

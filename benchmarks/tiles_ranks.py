@@ -76,6 +76,13 @@ class Ranks:
         answers = self(job, *args)
         return {name: [max(column) for column in zip(*(a[name] for a in answers), strict=True)] for name in answers[0]}
 
+    def within(self, seconds: float, most: int, job: str, *args: Any) -> dict[str, list[float]]:
+        """``times`` with as many repeats as fit: at least two, at most ``most``."""
+        one = self.times(job, *args, 1)
+        round_seconds = sum(found[0] for found in one.values())
+        repeats = max(2, min(most, int(seconds / max(round_seconds, 1e-6)) - 1))
+        return self.times(job, *args, repeats)
+
     def close(self) -> None:
         """End the processes."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):

@@ -25,7 +25,7 @@ PRINTS = {
     "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),
     "sample": ("the same samples: True", "InputError: cond's parameters of position"),
     "sequential": ("a chain of 256 steps of", "gradients like the loop's: True"),
-    "tiles": ("largest difference from the plain model:", "in one loop of 2 x"),
+    "tiles": ("largest difference from the plain model:", "kinds of tile loops:"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
 }
 LOSS_FALLS = ("decorator", "quickstart", "train_step", "torchrun_attach")

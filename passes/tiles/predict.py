@@ -28,6 +28,9 @@ SIGNAL = 2e-6
 LOOP, CALL = 3e-5, 8e-6
 """Seconds to begin a loop, and to make each of its calls on a tile, beyond what the same calls cost outside."""
 
+SHARED = 6e-5
+"""Seconds to begin and end a collective in shared memory."""
+
 CANDIDATES = (1, 2, 4, 8, 16)
 
 
@@ -63,7 +66,9 @@ def predict(region: Region, parts: int, axis: str, cluster: Cluster, link: Link 
     for wait, kinds in ((region.ahead, AHEAD), (region.behind, BEHIND)):
         if wait is not None:
             collective = collective_of(wait)
-            apart += _collective_seconds(collective, kinds[collective.target], parts, axis, cluster)
+            seconds = _collective_seconds(collective, kinds[collective.target], parts, axis, cluster)
+            shared = _shared_seconds(collective, kinds[collective.target], parts, cluster)
+            apart += seconds if link is not None else min(seconds, shared)
     if region.ahead is not None:
         published = float(_nbytes(tensor_inputs(collective_of(region.ahead))[0]))
     if region.behind is not None:
@@ -125,6 +130,14 @@ def _node_seconds(node: fx.Node, passage: Passage, share: float, cluster: Cluste
         return 0.0
     nbytes = sum(read) + sum(_part(v, 1.0 if passage.sums else share) for v in outputs)
     return cluster.op_seconds(float(done.flops) * share, nbytes, outputs[0].dtype)
+
+
+def _shared_seconds(node: fx.Node, kind: str, parts: int, cluster: Cluster) -> float:
+    """A collective between ranks that see each other's memory: all is copied there once and read by whom it is for. The line of
+    a cluster may be that of a slower transport, and a loop must not look good beside what nobody runs."""
+    nbytes = _nbytes(tensor_inputs(node)[0])
+    read = parts * nbytes if kind in ("gather", "all_reduce") else nbytes
+    return SHARED + 2 * (nbytes + read) / cluster.memory_bandwidth
 
 
 def _local(value: torch.Tensor) -> LocalTensor:

@@ -129,7 +129,7 @@ def assert_bits(found: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]
             assert torch.equal(a, b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     names=st.lists(st.sampled_from(sorted(LOOPS)), min_size=1, max_size=4),
     parts=st.integers(2, 5),

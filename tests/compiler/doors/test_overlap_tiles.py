@@ -33,7 +33,7 @@ ALWAYS = hocket.OverlapTiles(least_gain=-1e9)
     [
         (hocket.TensorParallel, "local"),
         (hocket.SequenceParallel, "local"),
-        (hocket.DataParallel, "sim"),
+        pytest.param(hocket.DataParallel, "sim", marks=pytest.mark.slow),
         (hocket.SequenceParallel, "sim"),
     ],
 )
@@ -66,7 +66,7 @@ def test_four_real_ranks_in_tile_loops_equal_eager(tactic) -> None:
         torch.testing.assert_close(parallel(x), model(x))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP])
 def test_a_peer_that_never_comes_is_one_error_in_time(how: signal.Signals) -> None:
     """The other rank waits for a tile; the engine names the culprit within its limit, and leaves nothing behind."""
     model, x = Block(), torch.randn(4, 8, 16)
