@@ -188,14 +188,17 @@ def available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
 
 
-def extend(exchange: Exchange, start: int, nbytes: int) -> mmap.mmap:
-    """Map a part of the file behind what all ranks map, and reserve its memory now.
+def extend(exchange: Exchange, start: int, nbytes: int, *, reserve: bool) -> mmap.mmap:
+    """Map a part of the file behind what all ranks map. reserve: take its memory now rather than page by page when it is touched.
 
     OSError where there is too little: a fault later would end the process, and the kernel itself tries to the last page.
     """
     if nbytes > available_bytes():
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    os.posix_fallocate(exchange.fd, start, nbytes)
+    if reserve:
+        os.posix_fallocate(exchange.fd, start, nbytes)
+    else:
+        os.posix_fallocate(exchange.fd, start + nbytes - _PAGE, _PAGE)  # never shrinks the file, as truncating it could
     return mmap.mmap(exchange.fd, nbytes, offset=start)
 
 
@@ -225,7 +228,7 @@ class Heap:
         else:
             place = self._used
             self._used += total
-        return place, each, extend(self._exchange, self._base + place, total)
+        return place, each, extend(self._exchange, self._base + place, total, reserve=True)
 
     def give_back(self, place: int, each: int) -> None:
         """The next buffer of that size may lie there."""

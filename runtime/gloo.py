@@ -7,6 +7,7 @@ module owns its buffers and calls c10d directly. Written for gloo; nccl works to
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from .communicator import Wire, wire_bytes
 from .errors import RunError
 from .mesh import Mesh
+from .transports.gloo import GlooTransport
 
 _REDUCE = {
     "sum": dist.ReduceOp.SUM,
@@ -49,6 +51,7 @@ class GlooCommunicator:
         self.mesh = mesh
         self.rank = dist.get_rank()
         self.wire = Wire()
+        self._timeout = timeout
         self._sends: list[PendingWork] = []
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._members: dict[str, tuple[int, ...]] = {}
@@ -63,6 +66,12 @@ class GlooCommunicator:
         if len(members) == self.mesh.size:
             return dist.group.WORLD
         return dist.new_group(list(members), timeout=datetime.timedelta(seconds=timeout))
+
+    @functools.cached_property
+    def transport(self) -> GlooTransport:
+        """One-sided communication between the same ranks; its threads start with the first use."""
+        groups = {axis: (self._groups[axis], self._members[axis]) for axis in self.mesh.names}
+        return GlooTransport(self.mesh, self.rank, groups, self._timeout)
 
     def all_reduce(self, tensor: torch.Tensor, op: str, axis: str) -> PendingWork:
         """See ``Communicator``."""

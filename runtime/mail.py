@@ -103,7 +103,7 @@ class Mailbox:
     def _ring(self, direction: int) -> tuple[memoryview, torch.Tensor]:
         mapping = self._maps[direction]
         if mapping is None:
-            mapping = self._maps[direction] = extend(self._exchange, self._places[direction], _RING)
+            mapping = self._maps[direction] = extend(self._exchange, self._places[direction], _RING, reserve=False)
             self._cells[direction] = torch.frombuffer(mapping, dtype=torch.uint8)
         return memoryview(mapping).cast("q"), self._cells[direction]
 

@@ -199,3 +199,21 @@ def test_bytes_are_counted_by_the_formula() -> None:
 
     expected = {"all_reduce": 144.0, "reduce_scatter": 72.0, "all_gather": 288.0, "all_to_all": 72.0}
     assert world(Mesh.parse("d=4"), work) == [expected] * 4
+
+
+def test_messages_go_through_the_same_memory_and_flush_waits_for_them() -> None:
+    count = 20 * SLOT_BYTES // 4 * 2  # more than fits on the way at once
+
+    def work(c: ShmCommunicator) -> tuple[bool, bool, int]:
+        pending = []
+        if c.rank == 0:
+            for tag in (1, 2):
+                c.send(torch.arange(count, dtype=torch.float32) * tag, 1, tag, "d")
+        else:
+            pending = [(tag, c.recv(torch.empty(count), 0, tag, "d")) for tag in (2, 1)]
+        summed = c.wait(c.all_reduce(torch.ones(2), "sum", "d"))  # messages move while their ranks wait for something else
+        found = [bool(torch.equal(c.wait(one), torch.arange(count, dtype=torch.float32) * tag)) for tag, one in pending]
+        c.flush()
+        return all(found), bool((summed == 2).all()), int(c.wire.sent.get("send", 0))
+
+    assert world(Mesh.parse("d=2"), work) == [(True, True, 2 * 4 * count), (True, True, 0)]
