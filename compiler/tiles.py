@@ -102,7 +102,8 @@ class _WriteOut:
     def _loop(self, node: fx.Node) -> list[fx.Node]:
         loop = loop_of(node)
         self.template = dataclasses.replace(note(node), layouts=None, global_shapes=None, added_by="tiles")
-        given = [self.values[operand] for operand in node.args[0]]  # type: ignore[union-attr]
+        operands: Any = node.args[0]
+        given = [self.values[operand] for operand in operands]
         if isinstance(given[0].meta["val"], FakeTensor):
             self.mode = given[0].meta["val"].fake_mode
         if loop.fetches is not None:
