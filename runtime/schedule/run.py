@@ -170,12 +170,8 @@ class _Loop:
             case Op.F:
                 self._forward(state, m)
                 self._after(instr, state, state.code.forward)
-            case Op.I | Op.B if state.code.backward is not None:
-                state.run(state.code.backward, m)
-                self._after(instr, state, state.code.backward)
-                if instr.op is Op.B:
-                    for piece, part in enumerate(state.code.weights):
-                        self._weight(state, part, m, piece)
+            case Op.I | Op.B:
+                self._backward(instr, state)
             case Op.W if state.code.weights:
                 self._weight(state, state.code.weights[instr.piece], m, instr.piece)
             case Op.SEND | Op.COPY:
@@ -201,13 +197,22 @@ class _Loop:
             case Op.DROP:
                 state.unstash(instr.micro_batch)
             case _:
-                pass  # a stage may lack a part: the first one gradients of its inputs, a frozen one those of its weights
+                pass  # W of a stage whose weights are frozen, REDUCE where nothing is shared
 
     def _forward(self, state: StageState, m: int) -> None:
         if (state.code.stage, m) in self.recomputed:
             state.forward_for_later(m)
         else:
             state.run(state.code.forward, m)
+
+    def _backward(self, instr: Instr, state: StageState) -> None:
+        """A first stage may have nothing but weight gradients: then I does nothing, and B only those."""
+        if state.code.backward is not None:
+            state.run(state.code.backward, instr.micro_batch)
+            self._after(instr, state, state.code.backward)
+        if instr.op is Op.B:
+            for piece, part in enumerate(state.code.weights):
+                self._weight(state, part, instr.micro_batch, piece)
 
     def _weight(self, state: StageState, part: Part, m: int, piece: int) -> None:
         state.run(part, m, piece if state.code.stage in self.added_later else None)

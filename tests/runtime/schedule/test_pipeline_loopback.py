@@ -170,6 +170,19 @@ def test_an_error_in_a_part_names_rank_and_instruction() -> None:
         bad.step(given)
 
 
+@pytest.mark.parametrize("form", ["1f1b", "zb-h1"])
+def test_a_first_stage_with_weight_gradients_alone_gets_them(form: str) -> None:
+    """As an embedding: no gradient of its inputs, so no part I, but weights all the same."""
+    x, w = Port("input", "x"), Port("param", "w")
+    forward = Part(lambda a: [a[0] * a[1], a[0]], (x, w), (Port("output", "y"), Port("value", "kept")))
+    weight = Part(lambda a: [a[0]], (Port("value", "kept"),), (Port("gradient", "w"),), ("kept",))
+    state = StageState(StageCode(0, forward, weights=(weight,)), {w: torch.ones(2)})
+    pipeline = LoopbackPipeline(closed_form(form, 1, 3), [state])
+    pipeline.step([{"x": torch.full((2,), float(m))} for m in range(3)])
+    assert pipeline.gradients()["w"].tolist() == [3.0, 3.0]
+    assert not any(state.values.values())
+
+
 def test_inputs_for_another_number_of_micro_batches_are_refused() -> None:
     made, data = case(2), batches(3)
     with pytest.raises(InputError, match="runs 4 micro-batches, found inputs for 3"):
