@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -46,11 +47,11 @@ def lowered_program(written: Handwritten, bug: str = "", ranks: int = 2) -> Prog
     if bug and bug not in written.bugs:
         raise ValueError(f"expected a bug of {written.name} among {', '.join(written.bugs)}; found {bug!r}")
     mesh = Mesh(((AXIS, ranks),))
-    graphs, outputs = [], ()
+    graphs: list[fx.GraphModule] = []
+    outputs: tuple[str, ...] = ()
     for rank in range(ranks):
-        here = Ranks(rank, ranks, bug)
         values = {name: _value(written, name, _local(written, name, mesh, rank)) for name in written.shapes}
-        traced, outputs = _traced(lambda tensors, here=here: written.step(here, tensors), values)
+        traced, outputs = _traced(functools.partial(written.step, Ranks(rank, ranks, bug)), values)
         graphs.append(traced)
     whole = {name: _value(written, name, shape) for name, shape in written.shapes.items()}
     return program_of(graphs, _ports(whole, outputs), mesh, written.layouts)

@@ -73,7 +73,8 @@ def turn(x: Tensor, start: int = 0) -> Tensor:
 
 def heads(x: Tensor, count: int) -> Tensor:
     """[B, S, D] to [B, H, S, hd]."""
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+    found: Tensor = x.unflatten(-1, (count, -1)).transpose(1, 2)
+    return found
 
 
 def merged(x: Tensor) -> Tensor:

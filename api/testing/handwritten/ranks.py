@@ -39,16 +39,19 @@ class Ranks:
 
     def sum(self, value: Tensor, op: str = "sum") -> Tensor:
         """All-reduce."""
-        return c10d.wait_tensor(c10d.all_reduce(value.contiguous(), op, AXIS))
+        found: Tensor = c10d.wait_tensor(c10d.all_reduce(value.contiguous(), op, AXIS))
+        return found
 
     def gather(self, value: Tensor, dim: int = 0) -> Tensor:
         """All-gather along a dimension."""
         moved = value.movedim(dim, 0).contiguous()
-        return c10d.wait_tensor(c10d.all_gather_into_tensor(moved, self.size, AXIS)).movedim(0, dim)
+        found: Tensor = c10d.wait_tensor(c10d.all_gather_into_tensor(moved, self.size, AXIS)).movedim(0, dim)
+        return found
 
     def scatter_sum(self, value: Tensor) -> Tensor:
         """Reduce-scatter along dimension 0."""
-        return c10d.wait_tensor(c10d.reduce_scatter_tensor(value.contiguous(), "sum", self.size, AXIS))
+        found: Tensor = c10d.wait_tensor(c10d.reduce_scatter_tensor(value.contiguous(), "sum", self.size, AXIS))
+        return found
 
     def send(self, value: Tensor, *, to: int, source: int) -> Tensor:
         """Rank ``source`` sends its value to rank ``to``; what others get is empty."""
@@ -56,7 +59,7 @@ class Ranks:
         sent = [flat.numel() if self.rank == source and peer == to else 0 for peer in range(self.size)]
         received = [flat.numel() if self.rank == to and peer == source else 0 for peer in range(self.size)]
         flat = flat if self.rank == source else flat[:0]
-        moved = c10d.wait_tensor(c10d.all_to_all_single(flat.contiguous(), received, sent, AXIS))
+        moved: Tensor = c10d.wait_tensor(c10d.all_to_all_single(flat.contiguous(), received, sent, AXIS))
         return moved.view(value.shape) if self.rank == to else value
 
     def pass_on(self, value: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ class Ranks:
         sent = [count if peer == (self.rank + 1) % self.size else 0 for peer in range(self.size)]
         received = [count if peer == (self.rank - 1) % self.size else 0 for peer in range(self.size)]
         moved = c10d.all_to_all_single(value.reshape(-1).contiguous(), received, sent, AXIS)
-        return c10d.wait_tensor(moved).view(value.shape)
+        found: Tensor = c10d.wait_tensor(moved).view(value.shape)
+        return found
 
 
 class _Pair(Function):
@@ -81,29 +85,37 @@ class _Pair(Function):
         return ctx.back(grads[0]), None, None
 
 
+_pair: Any = _Pair.apply
+
+
 def f(here: Ranks, x: Tensor) -> Tensor:
     """Identity forward, sum backward."""
-    return _Pair.apply(x, lambda t: t.clone(), here.sum)  # type: ignore[no-any-return]
+    found: Tensor = _pair(x, lambda t: t.clone(), here.sum)
+    return found
 
 
 def g(here: Ranks, x: Tensor) -> Tensor:
     """Sum forward, identity backward."""
-    return _Pair.apply(x, here.sum, lambda t: t.clone())  # type: ignore[no-any-return]
+    found: Tensor = _pair(x, here.sum, lambda t: t.clone())
+    return found
 
 
 def sum_both(here: Ranks, x: Tensor) -> Tensor:
     """Sum forward and backward: statistics that every rank uses."""
-    return _Pair.apply(x, here.sum, here.sum)  # type: ignore[no-any-return]
+    found: Tensor = _pair(x, here.sum, here.sum)
+    return found
 
 
 def gathered(here: Ranks, x: Tensor) -> Tensor:
     """All-gather of dimension 0 forward, reduce-scatter backward."""
-    return _Pair.apply(x, here.gather, here.scatter_sum)  # type: ignore[no-any-return]
+    found: Tensor = _pair(x, here.gather, here.scatter_sum)
+    return found
 
 
 def scattered(here: Ranks, x: Tensor) -> Tensor:
     """Reduce-scatter of dimension 0 forward, all-gather backward."""
-    return _Pair.apply(x, here.scatter_sum, here.gather)  # type: ignore[no-any-return]
+    found: Tensor = _pair(x, here.scatter_sum, here.gather)
+    return found
 
 
 Tensors = dict[str, Tensor]

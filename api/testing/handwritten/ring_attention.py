@@ -89,6 +89,9 @@ class _RingAttention(Function):
         return dq, dk, dv, None
 
 
+_ring_attention: Any = _RingAttention.apply
+
+
 def step(sizes: Sizes) -> Any:
     """The step of one rank."""
 
@@ -99,12 +102,13 @@ def step(sizes: Sizes) -> Any:
         start = 0 if here.has("rotary offset") else here.rank * length
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _RingAttention.apply(q, k, v, here)  # type: ignore[no-any-return]
+            found: Tensor = _ring_attention(q, k, v, here)
+            return found
 
         for layer in range(sizes.layers):
             x = block(p, f"param:layers.{layer}.", x, sizes.heads, attend, start)
         if here.has("gather order"):
-            x = _from_the_other_end(here, x)
+            x = _reverse(x, here)
         logits = rms(x, p["param:norm.weight"]) @ p["param:head.weight"].t()
         count = ids.numel() * (1 if here.has("local mean") else here.size)
         loss = cross_entropy(logits, p["input:targets"]) / count
@@ -126,15 +130,15 @@ class _Reverse(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, here: Ranks) -> Tensor:
         ctx.here = here
-        return here.gather(x, 1).unflatten(1, (here.size, -1))[:, here.size - 1 - here.rank]
+        pieces: Tensor = here.gather(x, 1).unflatten(1, (here.size, -1))
+        return pieces[:, here.size - 1 - here.rank]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Reverse.apply(grads[0], ctx.here), None
+        return _reverse(grads[0], ctx.here), None
 
 
-def _from_the_other_end(here: Ranks, x: Tensor) -> Tensor:
-    return _Reverse.apply(x, here)  # type: ignore[no-any-return]
+_reverse: Any = _Reverse.apply
 
 
 def ring_attention(sizes: Sizes | None = None) -> Handwritten:

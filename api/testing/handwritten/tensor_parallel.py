@@ -27,7 +27,8 @@ BUGS = {
 
 
 def _interleaved(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (-1, count)).permute(0, 3, 1, 2)
+    found: Tensor = x.unflatten(-1, (-1, count)).permute(0, 3, 1, 2)
+    return found
 
 
 class _VocabularyLoss(Function):
@@ -54,6 +55,9 @@ class _VocabularyLoss(Function):
         share, mine, index = ctx.saved_tensors
         hit = torch.zeros_like(share).scatter(1, index[:, None], mine[:, None].to(share.dtype))
         return (share - hit) * grads[0], None, None
+
+
+_vocabulary_loss: Any = _VocabularyLoss.apply
 
 
 def _attention(here: Ranks, p: Tensors, at: str, x: Tensor, sizes: Sizes) -> Tensor:
@@ -91,7 +95,7 @@ def step(sizes: Sizes) -> Any:
             inner = F.silu(linear(p, f"{at}gate", h)) * linear(p, f"{at}up", h)
             x = x + g(here, inner @ p[f"{at}down.weight"].t()) + p[f"{at}down.bias"]
         logits = f(here, rms(x, p["param:norm.weight"])) @ p["param:head.weight"].t()
-        loss: Any = _VocabularyLoss.apply(logits.flatten(0, 1), p["input:targets"].reshape(-1), here)
+        loss = _vocabulary_loss(logits.flatten(0, 1), p["input:targets"].reshape(-1), here)
         loss = loss / ids.numel()
         return {"output:loss": loss.detach(), **with_gradients(loss, p)}
 

@@ -1,7 +1,5 @@
 """Type rules of ops that move whole blocks of a value: gates of halves, pixels and channels, rows that are added by index."""
 
-
-
 from __future__ import annotations
 
 from typing import Any
@@ -34,19 +32,30 @@ def glu_backward(op: Op, gradient: Type, value: Type, dim: int, *_: Any) -> Type
 
 
 def pixel_shuffle(op: Op, value: Type, factor: int, *_: Any) -> Type:
-    """[.., C r r, H, W] to [.., C, H r, W r]: only the leading dimensions may be cut."""
-    whole_along(op, value, set(range(value.rank - 3, value.rank)))
-    channels, height, width = (dim.size for dim in value.dims[-3:])
-    moved = (Dim(channels // factor**2), Dim(height * factor), Dim(width * factor))
+    """[.., C r r, H, W] to [.., C, H r, W r]. Ranks may hold whole blocks of r r channels, or whole rows and columns."""
+    channels, height, width = value.dims[-3:]
+    moved = (_scaled(op, value, channels, (1, factor**2)), *(_scaled(op, value, dim, (factor, 1)) for dim in (height, width)))
     return linear(op, value).with_dims((*value.dims[:-3], *moved))
 
 
 def pixel_unshuffle(op: Op, value: Type, factor: int, *_: Any) -> Type:
     """The inverse."""
-    whole_along(op, value, set(range(value.rank - 3, value.rank)))
-    channels, height, width = (dim.size for dim in value.dims[-3:])
-    moved = (Dim(channels * factor**2), Dim(height // factor), Dim(width // factor))
+    channels, height, width = value.dims[-3:]
+    moved = (_scaled(op, value, channels, (factor**2, 1)), *(_scaled(op, value, dim, (1, factor)) for dim in (height, width)))
     return linear(op, value).with_dims((*value.dims[:-3], *moved))
+
+
+def _scaled(op: Op, value: Type, dim: Dim, ratio: tuple[int, int]) -> Dim:
+    """A dimension of blocks that grow or shrink: [n b] to [n a] for a ratio (a, b). Its pieces must hold whole blocks."""
+    times, block = ratio
+    if not dim.cuts:
+        return Dim(dim.size * times // block)
+    plain = op.axes.prefix(dim.size, [cut.axis for cut in dim.cuts])
+    local = op.axes.length(dim)
+    if plain != dim or not op.axes.is_even(dim) or local % block:
+        held = f"{op.axes.describe(value)} of {list(value.shape)}"
+        raise IllTyped(f"{op_name(op)} takes blocks of {block}, but the pieces of {held} end within one", 0)
+    return Dim(dim.size * times // block, dim.cuts)
 
 
 def index_add(op: Op, value: Type, dim: int, indices: Type, source: Type, *_: Any, **__: Any) -> Type:

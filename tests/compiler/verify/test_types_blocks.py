@@ -42,6 +42,11 @@ RIGHT: dict[str, Callable[[Hand], tuple[fx.Node, str, tuple[int, ...]]]] = {
         "S(0)",
         (4, 2, 6, 6),
     ),
+    "whole blocks of channels": lambda h: (
+        h.call(aten.pixel_shuffle.default, h.input("x", (4, 8, 3, 3), "S(1)"), 2),
+        "S(1)",
+        (4, 2, 6, 6),
+    ),
     "pixels back": lambda h: (h.call(aten.pixel_unshuffle.default, h.input("x", (4, 2, 6, 6), "S(0)"), 2), "S(0)", (4, 8, 3, 3)),
     "query heads that share a key head on one rank": lambda h: _attention_with_shared_heads(h, keys="S(1)"),
     "a batch that becomes channels": lambda h: (
@@ -55,10 +60,6 @@ WRONG: dict[str, tuple[Callable[[Hand], tuple[fx.Node, str, tuple[int, ...]]], s
     "gates of a cut dimension": (
         lambda h: (h.call(aten.glu.default, h.input("x", (4, 8), "S(1)"), 1), "S(1)", (4, 4)),
         "glu over dimension 1, which is cut",
-    ),
-    "pixels of cut channels": (
-        lambda h: (h.call(aten.pixel_shuffle.default, h.input("x", (4, 8, 3, 3), "S(1)"), 2), "S(1)", (4, 2, 6, 6)),
-        "pixel_shuffle over dimension 1, which is cut",
     ),
     "all key heads for some query heads": (
         lambda h: _attention_with_shared_heads(h, keys="R"),
