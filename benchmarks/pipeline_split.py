@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from common import Row, Sample, at_most
+from pipeline_hooks import rows as hook_rows
 from pipeline_ours import Cut, cut_llama
 
 from hocket.compiler.demo.llama import Llama, LlamaConfig
@@ -33,6 +34,7 @@ def rows(*, quick: bool) -> list[Row]:
     return [
         at_most("splitting the backward", f"(p1 + p2) / whole backward, {case}", ratios, 1.02),
         at_most("splitting the backward", f"held from p1 to p2 / activations, {case}", Sample((share,), "x"), 0.75),
+        *hook_rows(quick=quick),
     ]
 
 

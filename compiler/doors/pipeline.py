@@ -120,6 +120,8 @@ class PipelineSession:
     ) -> tuple[CompiledPipeline, Runner, list[CallArgs]]:
         if self._closed:
             raise InputError("this parallel module was closed; make a new one with hocket.parallelize")
+        if train and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves((args, kwargs))):
+            raise InputError("a pipeline gives gradients of parameters, not of inputs: pass inputs that need none (x.detach())")
         batches = cut_batch((args, kwargs), self.tactic.microbatches, self.mesh.size)
         first = batches[0]
         with _mode(self.model, training=module.training):
@@ -195,7 +197,7 @@ class PipelineSession:
 
 
 def cut_batch(call: CallArgs, wanted: int | str, ranks: int) -> list[CallArgs]:
-    """The call cut into micro-batches along the first dimension of its batched tensors, which all have the same size there.
+    """The call cut into micro-batches along the first dimension of its first tensor and of all others of that size.
 
     wanted: how many, "auto" for twice the ranks or the largest divisor below that. InputError where that does not divide the batch.
     """
@@ -203,7 +205,7 @@ def cut_batch(call: CallArgs, wanted: int | str, ranks: int) -> list[CallArgs]:
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     if not sizes:
         raise InputError("a pipeline cuts a batch along the first dimension of its tensors; found no tensor with a dimension")
-    rows = max(set(sizes), key=sizes.count) if len(set(sizes)) > 1 else sizes[0]
+    rows = sizes[0]
     count = next(n for n in range(min(2 * ranks, rows), 0, -1) if rows % n == 0) if wanted == "auto" else int(wanted)
     if rows % count:
         divisors = [n for n in range(1, rows + 1) if rows % n == 0]

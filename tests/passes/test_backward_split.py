@@ -124,7 +124,7 @@ def test_the_weight_gradient_of_a_convolution_is_split_off() -> None:
 
 
 @given(st.integers(0, 10**6), st.sampled_from([{}, {"worth": 0.0}, {"worth": 0.0, "extra": 0.3}, {"split_norms": True}]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=7, deadline=None)
 def test_random_modules_are_split_without_changing_a_bit(seed: int, options: dict[str, float]) -> None:
     module, x = RandomModule(seed), rows(seed)
     program = capture(module, (x,))
@@ -165,7 +165,7 @@ def test_values_are_computed_again_within_the_budget_and_less_is_held() -> None:
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_forward_values_computed_again_change_no_bit(seed: int) -> None:
     module, x = RandomModule(seed), rows(seed)
     program = capture(module, (x,))

@@ -66,7 +66,7 @@ def assert_like_sequential(pipeline: Pipeline, module: nn.Module, batches: list[
 
 
 @given(st.integers(0, 10**6), st.integers(2, 4), st.integers(1, 3))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=7, deadline=None)
 def test_random_modules_in_random_schedules_equal_one_micro_batch_after_the_other(seed: int, stages: int, pieces: int) -> None:
     module = RandomModule(seed)
     program = split(module, rows(seed))

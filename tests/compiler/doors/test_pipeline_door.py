@@ -158,13 +158,15 @@ def test_senseless_options_are_refused_at_the_door(options: dict[str, object], m
 def test_stages_are_of_equal_work_and_no_call_is_torn_from_its_results() -> None:
     torch.manual_seed(0)
     attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.Sequential(attention, copy.deepcopy(attention), copy.deepcopy(attention), copy.deepcopy(attention))
+    model = nn.Sequential(attention, copy.deepcopy(attention))
     tactic = hocket.PipelineParallel(microbatches=2, loss=lambda out: out.square().mean())
-    with hocket.parallelize(model, "pp=4", tactics=[tactic], engine="sim") as stages:
+    with hocket.parallelize(model, "pp=2", tactics=[tactic], engine="sim") as stages:
         stages.train_step(torch.randn(4, 6, 8))
         owners = [{name.split(".")[0] for name in stage.parameters} for stage in session_of(stages).compiled.pipeline.stages]
-    assert set().union(*owners) == {"0", "1", "2", "3"}
-    assert all(len(names) <= 2 for names in owners)
+    assert set().union(*owners) == {"0", "1"}
+    assert len(owners) == 2
+    assert "0" in owners[0]
+    assert "1" in owners[1]
 
 
 def test_what_a_pipeline_cannot_do_is_refused_by_name(batch: tuple[Tensor, Tensor]) -> None:
@@ -177,6 +179,8 @@ def test_what_a_pipeline_cannot_do_is_refused_by_name(batch: tuple[Tensor, Tenso
         pytest.raises(InputError, match="train with train_step"),
     ):
         stages(*batch)
+    with hocket.parallelize(nn.Linear(2, 2), "pp=2", engine="sim") as stages, pytest.raises(InputError, match="not of inputs"):
+        stages.train_step(torch.randn(4, 2, requires_grad=True))
     with hocket.parallelize(Net(layers=2), "d=2", engine="sim") as ranks, pytest.raises(InputError, match="is for pipelines"):
         ranks.train_step(*batch)
 
