@@ -24,7 +24,7 @@ PRINTS = {
     "pipeline_schedule": ("1F1B takes", "no schedule of these stages is faster than"),
     "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),
     "sample": ("the same samples: True", "InputError: cond's parameters of position"),
-    "sequential": ("a chain of 256 steps of", "gradients like the loop's: True"),
+    "sequential": ("a chain of 64 steps of", "gradients like the loop's: True"),
     "tiles": ("largest difference from the plain model:", "kinds of tile loops:"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
 }

@@ -21,10 +21,10 @@ class Leaky(nn.Module):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    model, x = Leaky(), torch.randn(256, 2, 4)
+    model, x = Leaky(), torch.randn(64, 2, 4)
     model(x).square().mean().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    with hocket.parallelize(model, "one=1", (x,), tactics=[hocket.Jacobi("blocks:32")], engine="sim") as parallel:
+    with hocket.parallelize(model, "one=1", (x,), tactics=[hocket.Jacobi("blocks:16")], engine="sim") as parallel:
         print(*[line for line in str(parallel.explain()).splitlines() if "a chain of" in line], sep="\n")
         parallel.zero_grad()
         parallel(x).square().mean().backward()
