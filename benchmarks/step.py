@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 
 import step_compile
+import step_exchange
 import step_inductor
 import step_planning
 import step_runtime
@@ -23,7 +24,8 @@ INTRO = """
 What one training step costs (forward, backward and AdamW of the demo's Llama), and what surrounds it. Ratios say how many times
 faster hocket is than the peer beside it. Figures are medians of alternating blocks; ± is half the distance between the quartiles.
 Two ranks have one thread each; "1 process, 1 thread" is plain torch. The peers' tensor parallelism is `parallelize_module` with
-`ColwiseParallel` and `RowwiseParallel`, on two gloo processes with one thread each.
+`ColwiseParallel` and `RowwiseParallel`, on two gloo processes with one thread each. Cores of a virtual machine may be shared with
+others: "what two cores can give" is the speed-up of two processes that never talk to each other, measured in the same turns.
 """
 
 
@@ -36,6 +38,7 @@ def main() -> None:
         "runtime": lambda: step_runtime.rows(quick=options.quick),
         "compile": lambda: step_compile.rows(quick=options.quick),
         "wire": step_wire.rows,
+        "exchange": step_exchange.rows,
         "step": lambda: step_train.rows(quick=options.quick),
         "inductor": lambda: step_inductor.rows(quick=options.quick),
         "planning": lambda: step_planning.rows(quick=options.quick),

@@ -102,6 +102,7 @@ def test_ctrl_c_ends_the_ranks_and_raises_keyboard_interrupt(tmp_path):
         "ticket, (y,) = engine.forward(handle, [x])",
         """
 try:
+    print("stepping", flush=True)
     engine.forward(handle, [x])
 except KeyboardInterrupt:
     from local_support import alive
@@ -112,6 +113,7 @@ except KeyboardInterrupt:
     process = start(tmp_path, body, str(hook))
     try:
         pids = pids_of(process.stdout.readline())
+        assert process.stdout.readline() == "stepping\n"
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
         out, err = end(process)
