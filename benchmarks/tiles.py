@@ -10,7 +10,7 @@ import statistics
 
 import torch
 from common import Row, Sample, arguments, equal, machine, progress, report, versus
-from tiles_model import Device, is_fused, measured_cluster, sublayer_seconds, sublayers
+from tiles_model import TILES, Device, is_fused, measured_cluster, sublayer_seconds, sublayers
 from tiles_ranks import Ranks
 from tiles_step import step_rows
 
@@ -163,12 +163,12 @@ def never_slower(ranks: Ranks, count: int, repeats: int) -> list[Row]:
 def simulated(ranks: Ranks) -> list[Row]:
     """T3's sublayers from product speeds by height measured here, on a stated device and link."""
     device = Device()
-    rows_of = sorted({layer.rows // layer.parts for layer in sublayers()})
-    shapes = [(height // 4, 512, 768) for height in (*rows_of, 8192)]
+    rows_of = sorted({layer.rows // layer.parts // tiles for layer in sublayers() for tiles in TILES})
+    shapes = [(height, 512, 768) for height in rows_of]
     speed = {}
     for shape, found in zip(shapes, ranks.times("products", shapes, torch.float32, 3).values(), strict=True):
-        speed[shape[0] * 4] = shape[0] / statistics.median(found)
-    efficiency = {height: min(1.0, speed[height] / speed[8192]) for height in rows_of}
+        speed[shape[0]] = shape[0] / min(found)
+    efficiency = {height: min(1.0, speed[height] / speed[rows_of[-1]]) for height in rows_of}
     gains = []
     rows = []
     for layer in sublayers():

@@ -104,6 +104,10 @@ def sublayers() -> list[Sublayer]:
     return found
 
 
+TILES = (1, 2, 4, 8)
+"""Tiles a chunk that are tried."""
+
+
 @dataclass(frozen=True)
 class Device:
     """A stated device and link: multiply-adds as flops per second, bytes per second and seconds of the ring in one direction."""
@@ -114,7 +118,7 @@ class Device:
 
 
 def sublayer_seconds(layer: Sublayer, efficiency: Mapping[int, float], device: Device) -> dict[str, float]:
-    """The sublayer apart, as an ideal overlap, and as a tile loop of one tile a chunk, each followed by the same all-gather.
+    """The sublayer apart, as an ideal overlap, and as the best tile loop, each followed by the same all-gather.
 
     efficiency: rows -> speed of a product of so many rows relative to that of all rows, measured.
     """
@@ -122,11 +126,21 @@ def sublayer_seconds(layer: Sublayer, efficiency: Mapping[int, float], device: D
     chunk_bytes = 2.0 * layer.rows * layer.outer / layer.parts
     hop = device.delay + chunk_bytes / device.link
     scatter, gather = (layer.parts - 1) * hop, (layer.parts - 1) * hop
-    each = whole / layer.parts / efficiency[layer.rows // layer.parts]
-    clock = arrived = free = 0.0
-    for step in range(layer.parts):
-        clock = max(clock, arrived) + each
-        if step < layer.parts - 1:
-            free = max(free, clock) + chunk_bytes / device.link
-            arrived = free + device.delay
-    return {"apart": whole + scatter + gather, "ideal": max(whole, scatter) + gather, "loop": clock + gather}
+    loops = []
+    for tiles in TILES:
+        each = whole / layer.parts / tiles / efficiency[layer.rows // layer.parts // tiles]
+        loops.append(_ring(layer.parts, [each] * tiles, chunk_bytes / device.link / tiles, device.delay))
+    return {"apart": whole + scatter + gather, "ideal": max(whole, scatter) + gather, "loop": min(loops) + gather}
+
+
+def _ring(parts: int, tiles: list[float], wire: float, delay: float) -> float:
+    """Seconds of product -> reduce_scatter on a ring: a tile is added to what the neighbour sent of it one step before."""
+    clock = free = 0.0
+    arrived = [0.0] * len(tiles)
+    for step in range(parts):
+        for tile, compute in enumerate(tiles):
+            clock = max(clock, arrived[tile]) + compute
+            if step < parts - 1:
+                free = max(free, clock) + wire
+                arrived[tile] = free + delay
+    return clock

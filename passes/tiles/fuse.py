@@ -122,7 +122,7 @@ class _Search:
                 found = self._judge(region, granularity, order)
                 if isinstance(found, str):
                     reason = reason or found
-                elif best is None or (found[0].decision.gain or 0) > (best[0].decision.gain or 0):
+                elif best is None or _rank(found) > _rank(best):
                     best = found
         if best is None:
             reason = reason or "no product beside it takes its rows one by one"
@@ -227,6 +227,12 @@ class _Search:
     def _parts(self, collective: fx.Node) -> int:
         assert self.program.mesh is not None
         return self.program.mesh.axis_size(str(collective.args[-1]))
+
+
+def _rank(found: tuple[Choice, Region, Built]) -> tuple[bool, float]:
+    """A loop with the collectives on both sides comes first: it stands for two loops."""
+    choice = found[0]
+    return bool(choice.ahead and choice.behind), choice.decision.gain or 0.0
 
 
 def _apply(program: Program, choice: Choice, context: Context) -> None:

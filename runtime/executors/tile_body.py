@@ -133,7 +133,7 @@ class TileBody:
 
     def _seen_by_product(self, chain: _Chain, memory: torch.Tensor, shape: list[int]) -> torch.Tensor | None:
         """The memory of a tile through the views of its chain, backwards; None where no view of it exists."""
-        shapes = self._shapes(chain, shape)
+        shapes = self._shapes(chain, shape) if chain.views else []
         for index, before in zip(reversed(chain.views), reversed(shapes), strict=True):
             op, args = self.loop.calls[index].op, self.ops[index][1]
             if op == "aten.permute.default":

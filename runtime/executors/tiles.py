@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -122,18 +122,31 @@ class LoopRun:
 
     def _published(self, owner: int) -> torch.Tensor:
         assert self.loop.fetches is not None
-        operand = self.operands[self.loop.fetches]
-        return self._bytes(owner, self._half(), (operand.dtype, tuple(operand.shape)))
+        operand, known, key = self.operands[self.loop.fetches], self._views(), (self.epoch % HALVES, owner)
+        if key not in known:
+            known[key] = self._bytes(owner, self._half(), (operand.dtype, tuple(operand.shape)))
+        return known[key]
 
     def _delivered(self, owner: int, section: int, tile: int) -> torch.Tensor:
         """The place of a tile in the buffer of its owner."""
         assert self.loop.delivers is not None
         cut = self.loop.results[self.loop.delivers].cut
         assert cut is not None
-        offset = self._half() + self.needs[0] + section * self.chunk_bytes
-        chunk = self._bytes(owner, offset, (self.tile_dtype, self.tile_shape))
-        start, length = self.loop.tile(0, tile)
-        return chunk.narrow(0, start * cut.inner, length * cut.inner)
+        key = (self.epoch % HALVES, owner, section, tile)
+        known = self._views()
+        if key not in known:
+            offset = self._half() + self.needs[0] + section * self.chunk_bytes
+            chunk = self._bytes(owner, offset, (self.tile_dtype, self.tile_shape))
+            start, length = self.loop.tile(0, tile)
+            known[key] = chunk.narrow(0, start * cut.inner, length * cut.inner)
+        return known[key]
+
+    def _views(self) -> dict[tuple[int, ...], torch.Tensor]:
+        """Views of the buffers that were made before, for operands of these sizes in this memory."""
+        assert self.memory is not None
+        mine = self.memory.at(self.rank)
+        sizes = (mine.data_ptr(), mine.numel(), *((o.dtype, o.shape) for o in self.operands))
+        return self.ready.views(self.rank, sizes)
 
     # --- steps
 
@@ -234,6 +247,7 @@ class ReadyLoop:
     def __init__(self, loop: TileLoop, site: Site) -> None:
         self.loop, self._site = loop, site
         self._bodies: dict[int, TileBody] = {}
+        self._views: dict[int, tuple[tuple[Any, ...], dict[tuple[int, ...], torch.Tensor]]] = {}
         self._delivered: dict[tuple[tuple[torch.dtype, torch.Size], ...], tuple[tuple[int, ...], torch.dtype]] = {}
 
     def body(self, length: int) -> TileBody:
@@ -241,6 +255,13 @@ class ReadyLoop:
         if length not in self._bodies:
             self._bodies[length] = TileBody(self.loop, self._site, length)
         return self._bodies[length]
+
+    def views(self, rank: int, sizes: tuple[Any, ...]) -> dict[tuple[int, ...], torch.Tensor]:
+        """A place for the views of a rank; an empty one whenever ``sizes`` (of operands, and where the memory is) have changed."""
+        known = self._views.get(rank)
+        if known is None or known[0] != sizes:
+            known = self._views[rank] = (sizes, {})
+        return known[1]
 
     def delivered(self, operands: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a delivered chunk, found by running the region without values; empty where nothing is delivered."""
