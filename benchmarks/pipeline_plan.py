@@ -92,36 +92,33 @@ def synthesis_rows(*, quick: bool) -> list[Row]:
 
 
 def taper_rows() -> list[Row]:
-    """Uneven micro-batches of the same total against ZB-H1 on even ones; costs of a Llama, 5 % of a forward per instruction."""
+    """Uneven micro-batches of the same total against ZB-H1 on even ones; an instruction costs 5 % of a full forward besides.
+
+    The gain comes from the bubble, so it depends on the costs: both those of a Llama and equal ones are shown.
+    """
     rows = []
-    for ranks in (4, 8):
-        total, share = 2 * ranks, StageCosts(1.0, 1.27, (0.59,), held=(HELD,))
-        costs = PipelineCosts((share,) * ranks, LinkCosts(), fixed=0.05)
-        even = simulate(closed_form("zb-h1", ranks, total), costs)
-        best, sizes = float("inf"), ()
-        for candidate in tapers(total, granularity=8, most=2 * ranks - 2):
-            problem = Problem(costs, tuple(range(ranks)), len(candidate), tuple(even.peaks), candidate)
-            found = synthesise(problem, Effort(1.0, moves=4000))
-            if found.seconds < best:
-                best, sizes = found.seconds, candidate
-        ratio = even.seconds / best
-        text = f"{best:.2f} vs {even.seconds:.2f}; sizes {' '.join(f'{size:g}' for size in sizes)}"
-        case = f"{ranks} ranks, {total} full micro-batches in all, the memory of ZB-H1"
-        rows.append(
-            Row(
-                "tapered micro-batches",
-                case,
-                best,
-                "units",
-                {"ZB-H1": even.seconds},
-                ratio,
-                ">= 1.1x",
-                ratio >= 1.1,
-                simulated=True,
-                text=text,
-            )
-        )
+    for label, one in (
+        ("costs of a Llama", StageCosts(1.0, 1.27, (0.59,), held=(HELD,))),
+        ("equal costs", StageCosts(1, 1, (1,), held=(HELD,))),
+    ):
+        rows += [_taper_row(ranks, one, label) for ranks in (4, 8)]
     return rows
+
+
+def _taper_row(ranks: int, one: StageCosts, label: str) -> Row:
+    total = 2 * ranks
+    costs = PipelineCosts((one,) * ranks, LinkCosts(), fixed=0.05)
+    even = simulate(closed_form("zb-h1", ranks, total), costs)
+    best, sizes = float("inf"), ()
+    for candidate in tapers(total, granularity=8, most=2 * ranks - 2):
+        problem = Problem(costs, tuple(range(ranks)), len(candidate), tuple(even.peaks), candidate)
+        found = synthesise(problem, Effort(1.0, moves=4000))
+        if found.seconds < best:
+            best, sizes = found.seconds, candidate
+    ratio = even.seconds / best
+    text = f"{best:.2f} vs {even.seconds:.2f}; sizes {' '.join(f'{size:g}' for size in sizes)}"
+    case, peers = f"{ranks} ranks, {total} full micro-batches in all, the memory of ZB-H1, {label}", {"ZB-H1": even.seconds}
+    return Row("tapered micro-batches", case, best, "units", peers, ratio, ">= 1.1x", ratio >= 1.1, simulated=True, text=text)
 
 
 def speed_rows() -> list[Row]:
@@ -151,33 +148,16 @@ def speed_rows() -> list[Row]:
     return rows
 
 
-def two_stage_rows(measured: StageCosts | None = None) -> list[Row]:
-    """The four rows of 2BP for four and eight stages, beside the gain that theory gives for the same costs."""
+def two_stage_rows() -> list[Row]:
+    """The four rows of 2BP for four and eight stages, without a goal: at equal stages the simulator gives the closed form itself."""
     rows = []
-    one = measured or StageCosts(1.0, 1.15, (0.75,), held=(HELD,))
-    f, i, w = one.forward, one.backward_input, sum(one.backward_weight)
+    one = StageCosts(1.0, 1.15, (0.75,), held=(HELD,))
     for p in (4, 8):
         for name, m in (("naive", 1), ("gpipe", p), ("1f1b", p), ("1f1b", 2 * p)):
             costs = PipelineCosts((one,) * p)
             base, split = (simulate(closed_form(form, p, m), costs).seconds for form in (name, f"{name}-2bp"))
-            fill = {"naive": (p - 1) * (f + i), "gpipe": (p - 1) * (f + i)}.get(name, (p - 1) * max(f, f + i - w))
-            bound = base / (m * (f + i + w) + fill) if name != "1f1b" or m > p else base / ((2 * p - 1) * (f + i) + w)
-            gain = base / split
-            goal, met = ">= 95 % of the bound", gain >= 0.95 * bound
-            label = f"{name} with {m} micro-batches" if name != "naive" else "naive"
-            text = f"{gain:.3f}x, bound {bound:.3f}x"
+            text, gain = f"{split:.2f} vs {base:.2f}", base / split
             rows.append(
-                Row(
-                    "two-stage backward",
-                    f"{p} stages, {label}",
-                    gain,
-                    "x",
-                    {"bound": bound},
-                    gain,
-                    goal,
-                    met,
-                    simulated=True,
-                    text=text,
-                )
+                Row("two-stage backward", f"{p} stages, {name}, m = {m}", gain, "x", {name: base}, gain, simulated=True, text=text)
             )
     return rows
