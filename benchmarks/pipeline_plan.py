@@ -149,7 +149,7 @@ def speed_rows() -> list[Row]:
 
 
 def two_stage_rows() -> list[Row]:
-    """The four rows of 2BP for four and eight stages, without a goal: at equal stages the simulator gives the closed form itself."""
+    """The four rows of 2BP for four and eight stages, without a goal: with equal stages the simulator gives the closed form."""
     rows = []
     one = StageCosts(1.0, 1.15, (0.75,), held=(HELD,))
     for p in (4, 8):
