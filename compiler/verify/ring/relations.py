@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from ....runtime.mesh import Mesh
@@ -30,15 +29,14 @@ from .compare import ONE_RANK, evaluate
 from .equality import differing, same
 from .inputs import draw_inputs
 from .interpret import interpret_ranks
-from .ops.views import join
 from .pieces import cut_value
+from .readings import concatenated, fingerprint, joined, keys_of
 from .tables import PRIMES
 from .value import RingTensor, Value
 
 _SHOWN = 3
 _SEEDS = 8
 """Draws after which a fault that shows on few inputs is given up."""
-_MIX = 0x2545F4914F6CDD1D
 _PARTS = 4
 """Values are looked up as pieces of an original value cut into up to so many parts."""
 _ORDERS = 4
@@ -115,12 +113,12 @@ class _Explanation:
     def _remember(self, node: fx.Node, value: Value) -> None:
         for item in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(item, RingTensor):
-                self.known.setdefault(_fingerprint(item), []).append((node.name, note(node).source, item))
+                self.known.setdefault(fingerprint(item), []).append((node.name, note(node).source, item))
 
     def _name_of(self, value: Value) -> str:
         if not isinstance(value, RingTensor):
             return ""
-        return next((name for name, _, other in self.known.get(_fingerprint(value), []) if same(self.algebra, other, value)), "")
+        return next((name for name, _, other in self.known.get(fingerprint(value), []) if same(self.algebra, other, value)), "")
 
     # ---- nodes of the other program -------------------------------------------------------------------------------------------
 
@@ -133,7 +131,7 @@ class _Explanation:
         """Pieces of the original's values, whatever the order of their elements: views and strided shards are pieces too."""
         for others in self.known.values():
             for _, _, value in others:
-                keys = _keys(value.data)
+                keys = keys_of(value.data)
                 self.parts.add(int(keys.sum()))
                 for dim, size in enumerate(value.shape):
                     for parts in range(2, min(size, _PARTS) + 1):
@@ -141,7 +139,7 @@ class _Explanation:
                             self.parts.update(int(piece.sum()) for piece in keys.chunk(parts, dim))
 
     def _is_piece(self, value: Value) -> bool:
-        return isinstance(value, RingTensor) and (not bool(value.data.any()) or int(_keys(value.data).sum()) in self.parts)
+        return isinstance(value, RingTensor) and (not bool(value.data.any()) or int(keys_of(value.data).sum()) in self.parts)
 
     def _relate_one(self, rank: int, node: fx.Node, value: Value) -> None:
         if isinstance(value, RingTensor):
@@ -221,7 +219,7 @@ class _Explanation:
             groups = [values[start : start + parts] for start in range(0, len(values), parts)]
             try:
                 if isinstance(placement, Shard):
-                    values = [_cat(self.algebra, group, placement.dim) for group in groups]
+                    values = [concatenated(self.algebra, group, placement.dim) for group in groups]
                 else:
                     values = [reduce_values(self.algebra, group, placement.reduce_op) for group in groups]
             except (HocketError, RuntimeError, IndexError):
@@ -275,46 +273,6 @@ class _Explanation:
         if not wrong:
             return "differs between ranks that should hold the same"
         return f"differs in {wrong} of {mask.numel()} entries"
-
-
-def joined(algebra: Algebra, values: list[Value], sizes: Sequence[int]) -> Iterator[tuple[Layout, Value]]:
-    """Every (layout, global value) that the ranks' values could make, by replicas, sums or shards; innermost axis first."""
-    if not sizes:
-        yield (), values[0]
-        return
-    parts = sizes[-1]
-    groups = [values[start : start + parts] for start in range(0, len(values), parts)]
-    options: list[tuple[Any, list[Value]]] = []
-    if all(v is group[0] or same(algebra, group[0], v) for group in groups for v in group):
-        options.append((Replicate(), [group[0] for group in groups]))
-    elif all(tuple(v.shape) == tuple(group[0].shape) for group in groups for v in group):
-        options.append((Partial("sum"), [reduce_values(algebra, group, "sum") for group in groups]))
-    if parts > 1:
-        for dim in range(len(values[0].shape)):
-            rests = [{tuple(n for d, n in enumerate(v.shape) if d != dim) for v in group} for group in groups]
-            if all(len(rest) == 1 for rest in rests):
-                options.append((Shard(dim), [_cat(algebra, group, dim) for group in groups]))
-    for placement, wholes in options:
-        for layout, value in joined(algebra, wholes, sizes[:-1]):
-            yield (*layout, placement), value
-
-
-def _cat(algebra: Algebra, values: Sequence[Value], dim: int) -> Value:
-    return join(algebra, list(values), dim) if isinstance(values[0], RingTensor) else torch.cat(list(values), dim)
-
-
-def _fingerprint(value: RingTensor) -> int:
-    """Equal values without a logarithm have equal fingerprints."""
-    return hash((tuple(value.shape), value.data.contiguous().numpy().tobytes()))
-
-
-def _keys(data: torch.Tensor) -> torch.Tensor:
-    """A number for every element [4, ...] -> [...], such that sums of numbers tell sets of elements apart."""
-    mixed = torch.zeros(data.shape[1:], dtype=torch.int64)
-    for part in data:
-        mixed = (mixed ^ part) * _MIX
-        mixed = mixed ^ (mixed >> 29)
-    return mixed
 
 
 def _nodes_of(graphs: Sequence[fx.GraphModule], position: int) -> list[fx.Node]:
