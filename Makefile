@@ -7,6 +7,8 @@ READY    = $(VENV)/.ready
 EXTRAS  ?= dev
 # uv installs several times faster than pip; it must be told of the local wheels that pip already knows.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# pip compiles what it installs and uv does not; without it the first command spends more time on torch's sources than on the model.
+export UV_COMPILE_BYTECODE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow lint types docs bench clean

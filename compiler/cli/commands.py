@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,9 +195,12 @@ def _target(arguments: argparse.Namespace) -> Target:
 def _compile(arguments: argparse.Namespace, *, level: str | None) -> Compiled:
     target = _target(arguments)
     train = not arguments.inference
+    start = time.perf_counter()
     program = capture(target.model, target.args, target.kwargs, train=train)
+    traced = time.perf_counter() - start
     options = _options(arguments, level=level)
-    return compile_program(program, options, retrace=Retrace(target.model, target.args, target.kwargs, train=train))
+    compiled = compile_program(program, options, retrace=Retrace(target.model, target.args, target.kwargs, train=train))
+    return compiled.timed(capture=traced)
 
 
 def _tactics(texts: Sequence[str]) -> list[Tactic] | str:

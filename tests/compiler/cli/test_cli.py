@@ -62,6 +62,7 @@ def test_plan_prints_a_table_for_people(model: str, capsys: pytest.CaptureFixtur
     assert main(["plan", f"{model}:make", "--mesh", "dp=2", "--tactic", "DataParallel(dp)", "--inference"]) == 0
     printed = capsys.readouterr().out
     assert "plan for mesh dp=2" in printed
+    assert "time: capture " in printed
     assert "up.weight" in printed
 
 
