@@ -96,12 +96,16 @@ class _Range(NamedTuple):
 def freeze(argument: Any, of_node: Callable[[Any], Any], node_type: type = fx.Node) -> Any:
     """A hashable stand-in for an argument, with ``of_node`` of every node in it. Different arguments have different ones."""
     kind = type(argument)
-    if kind is int or kind is str or argument is None:
-        return argument
     if kind is node_type:
         return of_node(argument)
-    if isinstance(argument, (list, tuple)):
-        return tuple([freeze(item, of_node, node_type) for item in argument])
+    if kind is int or kind is str or argument is None:
+        return argument
+    if kind is tuple or kind is list or isinstance(argument, (list, tuple)):
+        found = []
+        for item in argument:  # most are nodes and integers: no call for those
+            kind = type(item)
+            found.append(of_node(item) if kind is node_type else item if kind is int else freeze(item, of_node, node_type))
+        return tuple(found)
     if kind is float or kind is bool:
         return _Number(kind, argument, math.copysign(1.0, argument))
     if kind is slice:

@@ -59,6 +59,8 @@ class Question:
     transformed: Program
     contract: Contract = field(default_factory=Equal)
     small: Pair | Callable[[], Pair | None] | None = None
+    typed: dict[int, TypeReport] = field(default_factory=dict, repr=False, compare=False)
+    """Reports of the programs of this question by identity, so that types are worked out once."""
 
     @property
     def whole(self) -> Pair:
@@ -102,6 +104,7 @@ def types_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
         return LevelResult("types", Outcome.SKIPPED, "the program is not lowered to a mesh")
     start = time.process_time()
     report = check_types(question.transformed, question.original if question.original.mesh is None else None)
+    question.typed[id(question.transformed)] = report
     return _typed(report, time.process_time() - start)
 
 
@@ -125,9 +128,9 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
     if isinstance(question.contract, Approx):
         return LevelResult("ring", Outcome.SKIPPED, "an approximate pass is judged in floating point only")
     start = time.process_time()
-    found = by_congruence(*question.whole)
+    found = by_congruence(question.whole, question.typed)
     if (found is None or not found.equal) and question.small is not None:
-        found = by_congruence(*question.reduced)
+        found = by_congruence(question.reduced, {})
     if found is not None and found.equal:
         return _from_lemmas(found, question, time.process_time() - start)
     original, transformed = question.executed
@@ -141,10 +144,10 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
     return _from_ring(question, verdict, how, time.process_time() - start)
 
 
-def by_congruence(original: Program, transformed: Program) -> Congruence | None:
+def by_congruence(pair: Pair, typed: Mapping[int, TypeReport]) -> Congruence | None:
     """What shared values and lemmas show of two programs; None where they cannot be put side by side on one rank."""
     try:
-        before, after = (one if one.mesh is None else erase(one) for one in (original, transformed))
+        before, after = (one if one.mesh is None else erase(one, typed.get(id(one))) for one in pair)
         return congruence(before, after)
     except HocketError:
         return None

@@ -136,6 +136,41 @@ def test_a_retrace_with_another_skeleton_is_refused() -> None:
         run_passes(program(), (Same(),), CONTEXT, level="float", retrace=lambda: other)
 
 
+@dataclass(frozen=True)
+class FirstRows:
+    """Keep so many rows of the result, or as many as there are: nothing at small sizes, something else at large ones."""
+
+    name: ClassVar[str] = "first-rows"
+    contract: ClassVar[Contract] = Equal()
+    most: int = 100
+
+    def __call__(self, program: Program, context: Context) -> Program:
+        copied, _ = copy_program(program)
+        graph = copied.graph.graph
+        node = next(n for n in graph.nodes if n.target is aten.tanh.default)
+        with graph.inserting_after(node):
+            made = graph.call_function(aten.slice.Tensor, (node, 0, 0, min(self.most, node.meta["val"].shape[0])))
+        made.meta.update(node.meta)
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+        return copied
+
+
+def test_what_small_sizes_show_is_not_carried_to_integers_that_follow_no_expression_of_the_sizes() -> None:
+    small = [lambda: program(3), lambda: program(5)]
+    with pytest.raises(VerificationError, match=r"argument of slice_tensor is .*no expression of the sizes"):
+        run_passes(program(4096), (FirstRows(),), CONTEXT, level="float", retrace=small)
+    _, (record,) = run_passes(program(4096), (FirstRows(1 << 20),), CONTEXT, level="float", retrace=small)
+    assert record.verdict.status is Status.EQUAL
+
+
+def test_a_retrace_is_not_asked_for_what_the_whole_programs_show() -> None:
+    def never() -> Program:
+        raise AssertionError("captured again for nothing")
+
+    _, (record,) = run_passes(program(4096), (Same(),), CONTEXT, level="ring", retrace=never)
+    assert "certain" in record.verdict.bound
+
+
 def test_a_reproducer_is_written_when_asked_for(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="A reproducer is in"):
         run_passes(program(), (Swap(),), CONTEXT, level="float", reproduce_in=tmp_path)

@@ -21,7 +21,7 @@ from ...errors import HocketError, InputError, UnsupportedError, VerificationErr
 from ...program import Program, Role, RoleKind, note
 from ..forms import DEVICE_ARGUMENTS, UNKNOWN, Form, TensorForm, form_of, freeze, infer
 from .algebra import Algebra
-from .calls import Call, Ref, filled, with_numbers
+from .calls import Call, Ref, defaults_of, draws, filled, order_of, range_of, with_numbers
 from .evaluate import apply
 from .table import supported
 from .value import Value
@@ -94,7 +94,24 @@ class Numbering:
         target = node.target
         args = with_numbers(node.args, numbers)
         kwargs = {name: with_numbers(arg, numbers) for name, arg in node.kwargs.items() if name not in DEVICE_ARGUMENTS}
+        if kwargs and isinstance(target, torch._ops.OpOverload):
+            usual = defaults_of(target)
+            kwargs = {name: arg for name, arg in kwargs.items() if name not in usual or freeze(arg, _as_number, Ref) != usual[name]}
         call = Call(target, args, kwargs, node)
+        key: Any = (target, freeze(args, _as_number, Ref), freeze(kwargs, _as_number, Ref))
+        if draws(call):
+            key = (node, key)
+        try:
+            known = self._numbers.get(key)
+        except TypeError:  # an argument without a hash: nothing is known to be the same
+            known, key = None, object()
+        if known is None:
+            known = self._numbers[key] = self._simplified(key, call)
+        return known
+
+    def _simplified(self, key: Any, call: Call) -> int:
+        """The number of a call that nobody has made in this form."""
+        target, args, node = call.target, call.args, call.node
         form = self._form(call)
         if type(form) is TensorForm and args and type(args[0]) is Ref:
             if target in UNCHANGED and self._forms[args[0]] == form:
@@ -102,13 +119,10 @@ class Numbering:
             if target in RESHAPES:
                 return self._reshaped(args[0], form, node)
             if target in PERMUTES and len(form.shape) > 1:
-                return self._permuted(args[0], _order(target, args, len(form.shape)), form, node)
+                return self._permuted(args[0], order_of(target, args, len(form.shape)), form, node)
             if target in SLICES:
-                return self._sliced(call, form)
-        key: Any = (target, freeze(args, _as_number, Ref), freeze(kwargs, _as_number, Ref))
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            key = (node, key)
-        return self._entered(key, call, form)
+                return self._sliced(key, call, form)
+        return self._entered((key,), call, form)
 
     def _form(self, call: Call) -> Form:
         def of(number: int) -> Form:
@@ -121,10 +135,7 @@ class Numbering:
         return infer(call.target, args, kwargs)
 
     def _entered(self, key: Any, call: Call, form: Form) -> int:
-        try:
-            found = self._numbers.get(key)
-        except TypeError:  # an argument without a hash: nothing is known to be the same
-            found, key = None, object()
+        found = self._numbers.get(key)
         if found is None:
             found = self._numbers[key] = len(self.calls)
             self.calls.append(call)
@@ -154,15 +165,14 @@ class Numbering:
         key = (aten.permute.default, source, tuple(order))
         return self._entered(key, Call(aten.permute.default, (Ref(source), order), {}, node), form)
 
-    def _sliced(self, call: Call, form: TensorForm) -> int:
+    def _sliced(self, key: Any, call: Call, form: TensorForm) -> int:
         """A slice by the range it takes, whatever it is written as; all of it is the value itself."""
-        source, bounds = call.args[0], _range(call, self._forms[call.args[0]])
+        source, bounds = call.args[0], range_of(call, self._forms[call.args[0]])
         if bounds is None:
-            return self._entered((call.target, freeze(call.args, _as_number, Ref)), call, form)
+            return self._entered((key,), call, form)
         if self._forms[source] == form:
             return int(source)
-        key = (aten.slice.Tensor, source, bounds)
-        return self._entered(key, Call(aten.slice.Tensor, (source, *bounds), {}, call.node), form)
+        return self._entered((aten.slice.Tensor, source, bounds), Call(aten.slice.Tensor, (source, *bounds), {}, call.node), form)
 
     # ---- looking -----------------------------------------------------------------------------------------------------------
 
@@ -258,31 +268,3 @@ def _has_floats(form: Form) -> bool:
 
 def _as_number(number: int) -> tuple[type[Ref], int]:
     return (Ref, int(number))
-
-
-def _order(target: Any, args: tuple[Any, ...], ndim: int) -> list[int]:
-    """The permutation that a transposing op makes of a value of this rank."""
-    if target is aten.permute.default:
-        return [dim % ndim for dim in args[1]]
-    first, second = (0, 1) if target is aten.t.default else (args[1] % ndim, args[2] % ndim)
-    order = list(range(ndim))
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-def _range(call: Call, source: Form) -> tuple[int, int, int, int] | None:
-    """(dim, start, end, step) of a slice, within the tensor; None where it is not given in plain integers."""
-    dim, start, end, step = (*call.args[1:], *(0, None, None, 1)[len(call.args) - 1 :])[:4]
-    if (
-        call.kwargs
-        or type(source) is not TensorForm
-        or not source.shape
-        or any(type(n) not in (int, type(None)) for n in call.args[1:])
-    ):
-        return None
-    size = source.shape[dim]
-    if call.target is aten.narrow.default:
-        start += size * (start < 0)
-        return dim % len(source.shape), start, start + end, 1
-    start, end, _ = slice(start, end).indices(size)
-    return dim % len(source.shape), start, max(start, end), step

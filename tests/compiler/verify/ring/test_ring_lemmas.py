@@ -175,6 +175,34 @@ def test_random_numbers_drawn_twice_are_two_values() -> None:
     assert numbers[0] != numbers[1]
 
 
+def test_attention_draws_random_numbers_only_with_dropout() -> None:
+    op = aten._scaled_dot_product_flash_attention_for_cpu.default
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(1, 2, 3, 4)
+    table = Numbering()
+    numbers = {x: table.input(x, Role(RoleKind.INPUT, "x"), blocks(1))}
+    plain = [table.number(graph.call_function(op, (x, x, x, 0.0, True), kw), numbers) for kw in ({}, {"scale": None})]
+    assert plain[0] == plain[1]
+    assert type(table.form(plain[0])) is tuple
+    dropped = [table.number(graph.call_function(op, (x, x, x, 0.5, True)), numbers) for _ in range(2)]
+    assert dropped[0] != dropped[1]
+
+
+def test_keyword_arguments_tell_calls_apart_unless_they_are_the_default() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(6, 4)
+    table = Numbering()
+    numbers = {x: table.input(x, Role(RoleKind.INPUT, "x"), blocks(1))}
+    given_ = [{}, {"step": 1}, {"step": 2}, {"step": 3}]
+    found = [table.number(graph.call_function(aten.slice.Tensor, (x, 0, 0, 5), kwargs), numbers) for kwargs in given_]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    sums = [table.number(graph.call_function(aten.sum.dim_IntList, (x, [0]), k), numbers) for k in ({}, {"keepdim": True})]
+    assert sums[0] != sums[1]
+
+
 ARGUMENTS = st.recursive(
     st.one_of(st.integers(-2, 2), st.sampled_from([0.0, -0.0, 1.0, 2.0]), st.booleans(), st.none(), st.text("ab", max_size=2)),
     lambda inner: st.lists(inner, max_size=3),
