@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from .collector import without_collector
 from .contract import Context, Pass
 from .errors import HocketError, VerificationError
 from .layout import format_layout
@@ -83,6 +84,7 @@ def run_passes(
     return program, tuple(records)
 
 
+@without_collector()
 def _applied(one: Pass, program: Program, context: Context) -> Program:
     after = one(program, context)
     try:

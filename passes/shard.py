@@ -20,7 +20,6 @@ from typing import ClassVar
 import torch
 import torch.fx as fx
 
-from ..compiler.collector import without_collector
 from ..compiler.contract import Context, Contract, Equal
 from ..compiler.errors import HocketError, PlanError
 from ..compiler.layout import Layout, format_layout, format_placement, local_shape
@@ -47,7 +46,6 @@ class Shard:
     name: ClassVar[str] = "shard"
     contract: ClassVar[Contract] = Equal()
 
-    @without_collector()
     def __call__(self, program: Program, context: Context) -> Program:
         """The lowered program, with a Decision for every collective."""
         if program.mesh is not None:
