@@ -68,7 +68,7 @@ def _measured(width: int, steps: int, batch: int, scale: float) -> tuple[float, 
     chain = Chain(TANH, [torch.zeros(batch, width)], [weight], [stream], steps)
     how = How("auto")
     stop = Stop([how.tolerance(torch.float32)])
-    for _ in range(3):
+    for _ in range(14):
         run_solver(chain, how)
     times = {"ours": _best(lambda: run_solver(chain, how)), "loop": _best(lambda: loop(chain))}
     for window in (16, 32, 64, 128):

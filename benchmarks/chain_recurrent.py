@@ -49,7 +49,7 @@ def _forward(kind: str, sizes: tuple[int, int, int]) -> list[Row]:
     layer, x = getattr(nn, kind)(INPUT, width).requires_grad_(requires_grad=False), torch.randn(steps, batch, INPUT)
     with torch.no_grad():
         ours = _compiled(layer, x)
-        for _ in range(3):  # the first call measures
+        for _ in range(14):  # the first calls measure and try
             found = ours(x)[0]
         difference = _difference(found, layer(x)[0])
         times = _alternating(lambda: ours(x), lambda: layer(x))
@@ -63,7 +63,7 @@ def _no_worse(kind: str, sizes: tuple[int, int, int]) -> list[Row]:
     layer, x = getattr(nn, kind)(INPUT, width).requires_grad_(requires_grad=False), torch.randn(steps, batch, INPUT)
     with torch.no_grad():
         ours, loop = _compiled(layer, x), _compiled(layer, x, "sequential")
-        for _ in range(3):
+        for _ in range(14):
             ours(x)
         times = _alternating(lambda: ours(x), lambda: loop(x))
         plain = cpu_seconds(lambda: layer(x), 9)
@@ -88,7 +88,7 @@ def _step(kind: str, sizes: tuple[int, int, int], goal: float | None) -> list[Ro
 
     expected = gradients(layer)
     ours = _compiled(layer, x)
-    for _ in range(3):
+    for _ in range(14):
         found = gradients(ours)
     difference = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
     return _rows(STEP, _case(kind, sizes), _alternating(lambda: gradients(ours), lambda: gradients(layer)), goal, difference)
@@ -98,7 +98,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().amax() / expected.abs().amax())
 
 
-def _alternating(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 5) -> tuple[Sample, Sample]:
+def _alternating(ours: Callable[[], object], theirs: Callable[[], object], rounds: int = 3) -> tuple[Sample, Sample]:
     pairs = [(cpu_seconds(ours, 3), cpu_seconds(theirs, 3)) for _ in range(rounds)]
     return Sample(tuple(v for a, _ in pairs for v in a.values)), Sample(tuple(v for _, b in pairs for v in b.values))
 

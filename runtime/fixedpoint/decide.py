@@ -5,8 +5,9 @@
 
 c(n) is the cost of a step on n lanes, m the merge length: after how many steps two trajectories from different starts agree. Both
 are measured at the first call of a chain, which runs as a loop; m by lanes started from zero at places where the true state is
-known. A chain that does not forget (long memory, chaos) has no m and stays a loop; it is looked at again from time to time, since
-training changes it. A chain that settles later than planned goes on as a loop from its exact part and is measured anew.
+known. The loop and the windows that look best are then tried in turn by the next calls, and the fastest stays. A chain that does
+not forget (long memory, chaos) has no m and stays a loop; it is looked at again from time to time, since training changes it. A
+chain that settles later than planned goes on as a loop from its exact part and is measured anew.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 
 from .how import How
-from .report import ChainReport
 from .solvers import Solved, Stop, blocks, loop
 from .steps import Chain
 
@@ -29,8 +29,11 @@ SHORTEST = 24
 
 WINDOWS = (8, 16, 32, 64, 128, 256, 512)
 PROBES, PROBE_STEPS = 8, 256
-MARGIN = 1.15
-"""Predicted costs of blocks are taken this much dearer, so that a tie stays a loop."""
+HOPEFUL = 1.3
+"""Windows that are predicted to take more than so many times the loop are not tried."""
+
+TRIED, TRIES = 3, 3
+"""How many windows are tried, and how often each: the machine may be busy with other things the first time."""
 
 SWEEP_SECONDS = 40e-6
 LOOK_AGAIN = 64
@@ -39,7 +42,11 @@ LOOK_AGAIN = 64
 
 @dataclass
 class Known:
-    """What is known of one chain at its shapes. merge: steps, inf where trajectories do not meet; window: 0 for the loop."""
+    """What is known of one chain at its shapes.
+
+    merge: steps, inf where trajectories do not meet; window: 0 for the loop; trials: windows still to be tried; seconds: the best
+    time seen of each.
+    """
 
     costs: dict[int, float] = field(default_factory=dict)
     merge: float = math.inf
@@ -49,6 +56,8 @@ class Known:
     wait: int = LOOK_AGAIN
     calls: int = 0
     is_measured: bool = False
+    trials: list[int] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 _KNOWN: dict[tuple[Any, ...], Known] = {}
@@ -75,6 +84,8 @@ def decided(chain: Chain, how: How, stop: Stop) -> Solved:
     """Solve a chain the way that is expected to be cheapest."""
     known = knowledge(chain, how)
     known.calls += 1
+    if known.trials:
+        return _tried(chain, stop, known)
     if known.window:
         solved = blocks(chain, stop, known.window, cap=known.sweeps)
         if solved.report.fell_back:
@@ -88,6 +99,29 @@ def decided(chain: Chain, how: How, stop: Stop) -> Solved:
         known.calls, known.is_measured = 0, True
         _look(chain, stop, known, solved.trajectory)
     return solved
+
+
+def _tried(chain: Chain, stop: Stop, known: Known) -> Solved:
+    """Solve a chain in the next way to be tried, against the clock; after the last one the fastest is kept."""
+    window = known.trials.pop(0)
+    begin = time.perf_counter()
+    solved = blocks(chain, stop, window, cap=_sweeps(known, chain.count, window) + 1) if window else loop(chain)
+    if chain.init[0].is_cuda:
+        torch.cuda.synchronize()
+    seconds = math.inf if solved.report.fell_back else time.perf_counter() - begin
+    known.seconds[window] = min(seconds, known.seconds.get(window, math.inf))
+    if not known.trials:
+        known.window = min(known.seconds, key=lambda w: known.seconds[w] * (1.0 if w else 0.95))
+        known.sweeps = _sweeps(known, chain.count, known.window) + 1 if known.window else 0
+        known.reason = f"memory of {known.merge:.0f} steps; tried " + ", ".join(
+            f"{f'blocks of {w}' if w else 'the loop'} {t * 1e3:.2f} ms" for w, t in sorted(known.seconds.items())
+        )
+    return solved
+
+
+def _sweeps(known: Known, count: int, window: int) -> int:
+    """Sweeps until every block has merged."""
+    return min(-(-count // window), 1 + math.ceil(known.merge / window))
 
 
 def _look(chain: Chain, stop: Stop, known: Known, states: list[Tensor]) -> None:
@@ -105,25 +139,25 @@ def _look(chain: Chain, stop: Stop, known: Known, states: list[Tensor]) -> None:
         known.window, known.reason = 0, "trajectories from different starts do not meet (long memory or chaos)"
         return
     known.costs = known.costs or step_costs(chain)
-    choose(known, chain.count)
+    known.seconds.clear()
+    known.trials = choose(known, chain.count) * TRIES
 
 
-def choose(known: Known, count: int) -> None:
-    """The cheapest of the loop and all windows, by the formula of the module."""
-    best, known.window = count * known.costs[1], 0
+def choose(known: Known, count: int) -> list[int]:
+    """What to try: the loop and the windows that the formula of the module puts first; nothing where it puts the loop far ahead."""
+    plain = count * known.costs[1]
+    costs: dict[int, float] = {}
     for window in WINDOWS:
         lanes = -(-count // window)
         if lanes < 2:
             break
-        sweeps = min(lanes, 1 + math.ceil(known.merge / window))
+        sweeps = _sweeps(known, count, window)
         steps = window + (sweeps - 1) * min(window, known.merge)
-        cost = MARGIN * (steps * _interpolated(known.costs, lanes) + sweeps * SWEEP_SECONDS)
-        if cost < best:
-            best, known.window, known.sweeps = cost, window, sweeps + 1
-    kind = f"blocks of {known.window}" if known.window else "a loop"
-    known.reason = (
-        f"memory of {known.merge:.0f} steps: {kind} predicted at {best * 1e3:.2f} ms of {count * known.costs[1] * 1e3:.2f}"
-    )
+        costs[window] = steps * _interpolated(known.costs, lanes) + sweeps * SWEEP_SECONDS
+    best = [w for w in sorted(costs, key=lambda w: costs[w]) if costs[w] < HOPEFUL * plain][:TRIED]
+    known.window = 0
+    known.reason = f"memory of {known.merge:.0f} steps: no window is expected to beat the loop" if not best else ""
+    return [0, *best] if best else []
 
 
 def _interpolated(costs: dict[int, float], lanes: int) -> float:
@@ -190,8 +224,3 @@ def _extrapolated(changes: list[float], tolerances: list[float]) -> float:
     steps = 4 * (len(changes) - 1 - len(changes) // 2)
     rate = math.log(last / half) / steps
     return 4 * len(changes) + math.log(goal / last) / rate if rate < -1e-3 else math.inf
-
-
-def explain(report: ChainReport, known: Known) -> str:
-    """One sentence on what was decided and what came of it."""
-    return f"{report}; {known.reason}"

@@ -75,7 +75,7 @@ CASES = [
     ("RNN", {"nonlinearity": "relu", "bias": False}),
     ("GRU", {"bias": False}),
     ("GRU", {"bidirectional": True, "batch_first": True}),
-    ("LSTM", {"num_layers": 2, "bidirectional": True}),
+    ("LSTM", {"num_layers": 2}),
 ]
 
 

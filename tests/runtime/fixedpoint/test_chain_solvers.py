@@ -155,14 +155,25 @@ def test_nan_states_are_those_of_the_loop() -> None:
     assert found.report.fell_back
 
 
-def test_costs_decide_and_ties_stay_loops() -> None:
+def test_costs_decide_what_is_tried() -> None:
     known = decide.Known(costs={1: 1.0, 32: 1.0}, merge=16.0)
-    decide.choose(known, 1000)
-    assert known.window in (16, 32)
-    assert "memory of 16 steps" in known.reason
-    known = decide.Known(costs={1: 1.0, 32: 30.0}, merge=16.0)
-    decide.choose(known, 1000)
-    assert known.window == 0
+    assert decide.choose(known, 1000)[:2] in ([0, 16], [0, 32])
+    known = decide.Known(costs={1: 1.0, 32: 60.0}, merge=16.0)
+    assert decide.choose(known, 1000) == []
+    assert "no window" in known.reason
+
+
+def test_the_fastest_of_what_is_tried_stays() -> None:
+    decide.forget()
+    chain, how = tanh_chain(200, rows=1), How("auto")
+    expected = loop(chain).trajectory[0]
+    for _ in range(16):
+        torch.testing.assert_close(run_solver(chain, how).trajectory[0], expected, rtol=0, atol=1e-13)
+    known = decide.knowledge(chain, how)
+    assert not known.trials
+    fastest = min(known.seconds.values())
+    assert known.seconds[known.window] <= fastest / 0.95
+    assert "tried blocks of" in known.reason or "tried the loop" in known.reason
 
 
 def test_the_error_is_estimated() -> None:
