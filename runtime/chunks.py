@@ -148,7 +148,7 @@ class Channel:
             if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
             stride = (1,) if len(shape) == 1 else (shape[1], 1)
-            found = self._views[key] = self.exchange.slot(rank, self.axis, chunk, dtype, shape, stride, skip)
+            found = self._views[key] = self.exchange.slot(rank, self.axis, chunk, dtype, shape=shape, stride=stride, skip=skip)
         return found
 
     def _check(self, transfer: Transfer, chunk: int) -> None:

@@ -121,7 +121,15 @@ class Exchange:
     # --- chunks
 
     def slot(
-        self, rank: int, axis: int, chunk: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], skip: int = 0
+        self,
+        rank: int,
+        axis: int,
+        chunk: int,
+        dtype: torch.dtype,
+        *,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        skip: int = 0,
     ) -> torch.Tensor:
         """A view of a slot. stride, skip: in elements."""
         base = self._bases.get(dtype)

@@ -71,7 +71,7 @@ class ShmCommunicator:
         parts = self._count("all_reduce", tensor, channel)
         result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         source = tensor.contiguous().view(1, -1)
-        return self._issue(channel, "all_reduce", source, result.view(-1), result, op, parts)
+        return self._issue(channel, "all_reduce", source, result.view(-1), result, op=op, parts=parts)
 
     def reduce_scatter(self, tensor: torch.Tensor, op: str, axis: str) -> Pending:
         """See ``Communicator``."""
@@ -81,7 +81,7 @@ class ShmCommunicator:
         parts = self._count("reduce_scatter", tensor, channel)
         result = tensor.new_empty((tensor.shape[0] // parts, *tensor.shape[1:]))
         source = tensor.contiguous().view(parts, result.numel())
-        return self._issue(channel, "reduce_scatter", source, result.view(-1), result, op, parts)
+        return self._issue(channel, "reduce_scatter", source, result.view(-1), result, op=op, parts=parts)
 
     def all_gather(self, tensor: torch.Tensor, axis: str) -> Pending:
         """See ``Communicator``."""
@@ -111,6 +111,7 @@ class ShmCommunicator:
         source: torch.Tensor,
         target: torch.Tensor,
         result: torch.Tensor,
+        *,
         op: str = "",
         parts: int = 0,
     ) -> Transfer:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PASSES_MAY_IMPORT = {
     "chains",
+    "collector",
     "program",
     "layout",
     "rules",
