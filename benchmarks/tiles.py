@@ -25,9 +25,9 @@ its products accumulate straight into the memory of the rank that owns the chunk
 product alone that is gone (E of Flux, arXiv 2406.06858). bf16 sums are slow in torch on the CPU, which is a good part of what the
 loop saves there; on a machine without a unit for bf16 those rows are left out.
 
-The costs by which loops are chosen were set on the machine these figures come from, after an earlier run of the same benchmark on it: that
-run fused 199 of the 200 random shapes and was up to 2.2 times slower at the 95th percentile, where this one keeps most of them unfused. On
-another machine they are a starting point.
+The costs by which loops are chosen were set on the machine these figures come from, after an earlier run of the same benchmark on
+it: that run fused 199 of the 200 random shapes and was 2.2 times slower at the 95th percentile, where this one keeps most of them
+unfused. On another machine they are a starting point.
 """
 
 
