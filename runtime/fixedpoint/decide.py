@@ -104,11 +104,11 @@ def decided(chain: Chain, how: How, stop: Stop) -> Solved:
 def _tried(chain: Chain, stop: Stop, known: Known) -> Solved:
     """Solve a chain in the next way to be tried, against the clock; after the last one the fastest is kept."""
     window = known.trials.pop(0)
-    begin = time.perf_counter()
+    begin = _clock()
     solved = blocks(chain, stop, window, cap=_sweeps(known, chain.count, window) + 1) if window else loop(chain)
     if chain.init[0].is_cuda:
         torch.cuda.synchronize()
-    seconds = math.inf if solved.report.fell_back else time.perf_counter() - begin
+    seconds = math.inf if solved.report.fell_back else _clock() - begin
     known.seconds[window] = min(seconds, known.seconds.get(window, math.inf))
     if not known.trials:
         known.window = min(known.seconds, key=lambda w: known.seconds[w] * (1.0 if w else 0.95))
@@ -117,6 +117,11 @@ def _tried(chain: Chain, stop: Stop, known: Known) -> Solved:
             f"{f'blocks of {w}' if w else 'the loop'} {t * 1e3:.2f} ms" for w, t in sorted(known.seconds.items())
         )
     return solved
+
+
+def _clock() -> float:
+    """CPU seconds where one thread does all the work, so that a busy machine misleads nobody; wall seconds otherwise."""
+    return time.process_time() if torch.get_num_threads() == 1 and not torch.cuda.is_initialized() else time.perf_counter()
 
 
 def _sweeps(known: Known, count: int, window: int) -> int:
@@ -187,10 +192,10 @@ def _seconds(chain: Chain, n: int, repeats: int = 4) -> float:
     step = chain.step if n == 1 else lanes.step
     best = math.inf
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = _clock()
         for _ in range(4):
             state = step(state, slices)
-        best = min(best, (time.perf_counter() - begin) / 4)
+        best = min(best, (_clock() - begin) / 4)
         state = start
     return best
 
