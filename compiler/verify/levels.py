@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..collector import without_collector
 from ..contract import Approx, Contract, Equal, Spec
 from ..errors import HocketError, InputError, UnsupportedError
 from ..program import Program
@@ -222,7 +223,8 @@ def numeric_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult
 def unless_proved(level: Level) -> Level:
     """The level, asked only where no level before it has shown equality or found a fault."""
 
-    def ask(question: Question, before: tuple[LevelResult, ...]) -> LevelResult:
+    @without_collector()
+def ask(question: Question, before: tuple[LevelResult, ...]) -> LevelResult:
         if any(result.outcome in (Outcome.PROVED, Outcome.FAILED) for result in before):
             return LevelResult("float", Outcome.SKIPPED, "not needed")
         return level(question, before)
