@@ -223,8 +223,7 @@ def numeric_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult
 def unless_proved(level: Level) -> Level:
     """The level, asked only where no level before it has shown equality or found a fault."""
 
-    @without_collector()
-def ask(question: Question, before: tuple[LevelResult, ...]) -> LevelResult:
+    def ask(question: Question, before: tuple[LevelResult, ...]) -> LevelResult:
         if any(result.outcome in (Outcome.PROVED, Outcome.FAILED) for result in before):
             return LevelResult("float", Outcome.SKIPPED, "not needed")
         return level(question, before)
@@ -260,6 +259,7 @@ def policy(name: str | None = None) -> tuple[str, tuple[Level, ...]]:
     return chosen, POLICIES[chosen]
 
 
+@without_collector()
 def ask(question: Question, levels: tuple[Level, ...]) -> Verdict:
     """Ask the levels in order and stop at the first fault. Tile loops are judged tile by tile, written out in plain ops."""
     found: tuple[LevelResult, ...] = ()
