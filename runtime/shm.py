@@ -43,7 +43,7 @@ _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
 class ShmCommunicator:
     """See ``Communicator`` and the module. Broadcasts, unequal exchanges and the collectives of large groups go by gloo.
 
-    transport: one-sided communication through the same memory.
+    transport: one-sided communication through the same memory; peer_memory: the same, for those who need views of it.
     """
 
     def __init__(self, gloo: GlooCommunicator, exchange: Exchange, timeout: float) -> None:
@@ -59,7 +59,7 @@ class ShmCommunicator:
                 self._channels[axis] = Channel(exchange, number, members)
         self._all = tuple(self._channels.values())
         exchange.movers.extend(channel.move for channel in self._all)
-        self.transport = ShmTransport(exchange, timeout)
+        self.transport = self.peer_memory = ShmTransport(exchange, timeout)
         self._sent: list[Message] = []
         self._tags: dict[tuple[Any, ...], int] = {}
 

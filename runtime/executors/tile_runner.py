@@ -14,7 +14,7 @@ from ..errors import RankHung, RunError
 from ..templates import Site
 from ..tile_loop import TileLoop
 from ..tile_schedule import Step
-from ..transports.transport import Capability, Symmetric, Transport, TransportError, TransportTimeout
+from ..transports.transport import Symmetric, Transport, TransportError, TransportTimeout
 from .tiles import LoopRun, ReadyLoop, run_whole
 
 _ROUND = 1 << 16
@@ -43,9 +43,7 @@ class TileRunner:
         known = getattr(communicator, "tile_runner", None)
         if known is not None:
             return cast(TileRunner, known)
-        found = cast("Transport | None", getattr(communicator, "transport", None))
-        usable = found is not None and Capability.REMOTE_VIEW in found.capabilities
-        runner = cls(communicator, found if usable else None)
+        runner = cls(communicator, cast("Transport | None", getattr(communicator, "peer_memory", None)))
         communicator.tile_runner = runner  # type: ignore[attr-defined]
         return runner
 
