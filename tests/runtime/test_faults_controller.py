@@ -16,7 +16,8 @@ from local_support import alive, wait_gone, write_hook
 HERE = Path(__file__).parent
 
 HEAD = f"""
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests in the background may have it ignored
 sys.path.insert(0, {str(HERE)!r})
 import torch
 torch.set_num_threads(1)
