@@ -13,16 +13,14 @@ If all of it holds, the program on pieces equals the 1-rank program that ``erase
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from ...collector import without_collector
 from ...errors import InputError
 from ...program import Program, note, tensor_leaves
 from .arguments import all_whole, arguments, factor_varies, mentions
@@ -32,18 +30,6 @@ from .integers import evaluate
 from .problem import IllTyped, Moved, Op, Untypable
 from .table import facts_of
 from .value import Axes, Dim, Type
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Typing makes many small objects and no cycles; collecting among the objects of torch costs more than typing itself."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Untyped:
@@ -57,7 +43,7 @@ def check_types(program: Program, original: Program | None = None) -> TypeReport
     """Type a lowered program. original: if given, its shapes must be the global ones. Raises InputError for a logical program."""
     if program.mesh is None:
         raise InputError("expected a program lowered to a mesh, found a logical one; there is nothing to type")
-    with _without_collector():
+    with without_collector():
         return resolve(functools.partial(_check, program, original), program)
 
 
