@@ -9,8 +9,6 @@ Nodes that nothing needs are left out, ``getitem`` costs nothing at run time, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.fx as fx
 
@@ -22,7 +20,7 @@ from ..runtime.validate import check_rank_program
 from .collector import without_collector
 from .instructions import Emitter, refusal
 from .ports import Ports
-from .program import Phase, Program, RoleKind, note
+from .program import Phase, Program, RoleKind, ancestors, note
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 
@@ -86,29 +84,15 @@ def _late_nodes(program: Program) -> set[fx.Node]:
         for role, result in zip(program.signature.outputs, program.results, strict=True)
         if role.kind is not RoleKind.GRADIENT and result is not None and result not in tainted
     ]
-    early = _ancestors(early_results)
-    forward = _ancestors(
-        n for n in program.nodes if n.op == "call_function" and n not in tainted and note(n).phase is Phase.FORWARD
-    )
+    early = ancestors(early_results)
+    forward = ancestors(n for n in program.nodes if n.op == "call_function" and n not in tainted and note(n).phase is Phase.FORWARD)
     return {n for n in program.nodes if n.op == "call_function" and n not in early and n not in forward}
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and everything they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _needed(program: Program) -> set[fx.Node]:
     """What results depend on, and every send with what it sends."""
     sends = [n for n in program.nodes if isinstance(n.target, torch._ops.OpOverload) and op_name(n.target) == SEND]
-    return _ancestors([*(r for r in program.results if r is not None), *sends])
+    return ancestors([*(r for r in program.results if r is not None), *sends])
 
 
 def _segments(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -234,6 +234,18 @@ def producer(node: fx.Node) -> tuple[fx.Node, int]:
         source, index = node.args
         return cast(fx.Node, source), cast(int, index)
     return node, 0
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Some nodes and everything that they are computed from."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
 
 
 def graph_module(graph: fx.Graph) -> fx.GraphModule:

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from ..compiler.errors import InputError
-from ..compiler.program import Phase, Program, Role, RoleKind, annotate, note
+from ..compiler.program import Phase, Program, Role, RoleKind, ancestors, annotate, note
 from ..compiler.stages import PartKind
 from .backward_split_choice import base_of
 from .backward_split_costs import is_alias
@@ -193,18 +193,6 @@ class _Copies:
             new = node.graph.node_copy(node, inputs.__getitem__)
         annotate(new, phase=phase, added_by=_BY)
         return new
-
-
-def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and everything they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _collect(program: Program, stages: dict[fx.Node, int], roots: list[fx.Node], pieces: Mapping[str, int]) -> Drafts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from ..errors import CaptureError
-from ..program import NOTE, Note, Phase, Role, RoleKind, note, output_node
+from ..program import NOTE, Note, Phase, Role, RoleKind, ancestors, note, output_node
 from .trace import Raw
 
 _aten = torch.ops.aten
@@ -224,7 +224,7 @@ def _simplified(flat: Flat) -> Flat:
     pairs = list(zip(flat.outputs, results.args[0], strict=True))  # type: ignore[arg-type]
     pairs = [(role, value) for role, value in pairs if not (role.kind is RoleKind.UPDATE and _is_input(value, role, roles))]
     results.args = (tuple(value for _, value in pairs),)
-    live = _reachable([value for _, value in pairs if isinstance(value, fx.Node)])
+    live = ancestors([value for _, value in pairs if isinstance(value, fx.Node)])
     for node in reversed(list(graph.nodes)):
         droppable = node.op == "call_function" or (node.op == "placeholder" and roles[node].kind not in _KEPT)
         if node not in live and droppable:
@@ -251,17 +251,6 @@ def _same_value(node: fx.Node) -> fx.Node | None:
 def _is_input(value: Any, role: Role, roles: dict[fx.Node, Role]) -> bool:
     source = roles.get(value) if isinstance(value, fx.Node) else None
     return source is not None and source.name == role.name
-
-
-def _reachable(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return seen
 
 
 def _finish_notes(graph: fx.Graph) -> None:

@@ -178,15 +178,3 @@ def depends_on(nodes: Sequence[fx.Node], roots: Sequence[fx.Node]) -> set[fx.Nod
         if any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Some nodes and everything that they are computed from."""
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from ...compiler.chains.bodies import BodyGraph, How, chain_op
+from ...compiler.program import ancestors
 from .batch import Inserter
 from .find import Found
 
@@ -46,21 +47,10 @@ def _ready(graph: fx.Graph, chain: Found) -> fx.Node:
     users = [u for n in chain.nodes for u in n.users if u not in inside]
     first = min(users, key=lambda n: place[n], default=None)
     target = chain.nodes[-1].next if first is None else first
-    late = [n for n in _closure(inputs) if place[n] > place[target]]
+    late = [n for n in ancestors(inputs) if place[n] > place[target]]
     for node in sorted(late, key=lambda n: place[n]):
         target.prepend(node)
     return target
-
-
-def _closure(nodes: set[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return seen
 
 
 def _body(chain: Found, same: Sequence[fx.Node]) -> tuple[BodyGraph, dict[int, int]]:

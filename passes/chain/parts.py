@@ -16,7 +16,8 @@ import torch
 import torch.fx as fx
 
 from ...compiler.chains.bodies import BodyGraph
-from .batch import ancestors, depends_on
+from ...compiler.program import ancestors
+from .batch import depends_on
 
 aten = torch.ops.aten
 

@@ -18,7 +18,8 @@ import torch
 import torch.fx as fx
 
 from ...compiler.chains.bodies import BodyGraph, How, body_graph, chain_op, read_body, read_how
-from .batch import Inserter, Stepwise, ancestors, batched, depends_on, invariant
+from ...compiler.program import ancestors
+from .batch import Inserter, Stepwise, batched, depends_on, invariant
 from .parts import Parts
 from .pieces import join_pieces
 from .rows import ROWS, WHOLE, any_rows, type_rows
