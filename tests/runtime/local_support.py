@@ -128,6 +128,9 @@ RANK, INDEX, HIT, FAULT, EDIT = {rank}, {index}, {hit}, {fault!r}, {edit!r}
 def fault():
     if FAULT == "raise":
         raise ValueError("injected failure")
+    if FAULT == "raise late":  # when the other ranks have come as far as they can
+        time.sleep(0.7)
+        raise ValueError("injected failure")
     if FAULT == "sleep":
         time.sleep(1e6)
     if FAULT == "spin":

@@ -46,7 +46,7 @@ def fail(tmp_path, mesh=MESH, limits=SHORT, backward=False, during=None, **fault
     x, up, down = mlp_tensors()
     kept = [up.detach().clone(), down.detach().clone()]
     handle = engine.load(mlp(mesh), mlp_bindings(up, down))
-    helper = threading.Timer(0.4, during, [pids]) if during else None
+    helper = threading.Timer(0.8, during, [pids]) if during else None
     if helper:
         helper.start()
     start = time.monotonic()
@@ -72,7 +72,7 @@ def fail(tmp_path, mesh=MESH, limits=SHORT, backward=False, during=None, **fault
 
 
 def test_exception_in_forward_names_rank_instruction_line_and_remote_traceback(tmp_path):
-    error = fail(tmp_path, fault="raise", index=2)
+    error = fail(tmp_path, fault="raise late", index=2)
     assert type(error) is RankFailed
     assert error.rank == 1
     assert "aten.mm.default(%5, %2)" in error.instruction
