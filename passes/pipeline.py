@@ -24,6 +24,7 @@ from .pipeline_drafts import draft_parts, gradients_of
 from .pipeline_join import join
 from .pipeline_messages import assemble
 from .pipeline_place import place
+from .unordered_sums import unordered_decisions
 
 aten = torch.ops.aten
 
@@ -58,7 +59,9 @@ def cut_stages(program: Program, forward: Mapping[str, int], pieces: Mapping[str
     placement = place(ready, forward, gradients)
     drafts = draft_parts(ready, placement, gradients, pieces or {})
     pipeline = assemble(ready, drafts, placement.count)
-    return dataclasses.replace(pipeline, program=program.decided(*_decisions(pipeline)))
+    return dataclasses.replace(
+        pipeline, program=program.decided(*_decisions(pipeline), *unordered_decisions(program, CutStages.name))
+    )
 
 
 def _check(program: Program) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ from hocket.passes.pipeline import cut_stages
 
 QUICK = ("batch_norm", "cell_loop", "convolutions", "dropout", "one_block_called_twice", "weight_norm", "frozen_parameter")
 REFUSED = {"changed_input"}  # writes into its input, which a pipeline cannot hand back
+
+
+@pytest.fixture(autouse=True)
+def sums_in_a_fixed_order() -> Iterator[None]:
+    """Let torch add up repeated indices in order: on several threads plain PyTorch is else not equal to itself."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def _check(name: str, stages: int) -> None:
