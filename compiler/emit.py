@@ -12,12 +12,11 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
+from ..runtime.collector import without_collector
 from ..runtime.mesh import Mesh
 from ..runtime.ops import SEND, op_name
 from ..runtime.program import RankProgram, Segment
-from ..runtime.templates import slots_in
 from ..runtime.validate import check_rank_program
-from .collector import without_collector
 from .instructions import Emitter, refusal
 from .ports import Ports
 from .program import Phase, Program, RoleKind, ancestors, note
@@ -134,7 +133,7 @@ def _with_frees(program: RankProgram) -> RankProgram:
             last[port] = (True, position)
         for index in range(segment.start, segment.stop):
             ins = program.instructions[index]
-            for slot in (*slots_in(ins.args), *slots_in(ins.kwargs.values()), *ins.outputs):
+            for slot in (*ins.reads, *ins.outputs):
                 last[slot] = (False, index)
         for _, slot in segment.results:
             last[slot] = (True, position)

@@ -10,9 +10,10 @@ import torch
 import torch.fx as fx
 
 from ..runtime.errors import ProgramError
+from ..runtime.instruction import CallForm, Instruction
 from ..runtime.mesh import Mesh
 from ..runtime.ops import COLLECTIVES, NAMESPACES, WAIT, op_name
-from ..runtime.program import Collective, Instruction
+from ..runtime.program import Collective
 from ..runtime.shards import coordinate, local_offset, local_size, padding
 from ..runtime.templates import ARITHMETIC, encode_constant
 from .program import note
@@ -30,6 +31,7 @@ class Emitter:
     collectives: list[Collective] = field(default_factory=list)
     locations: list[str] = field(default_factory=lambda: [""])
     slots: int = 0
+    _forms: dict[str, CallForm] = field(default_factory=dict)
     _location_ids: dict[str, int] = field(default_factory=lambda: {"": 0})
     _waited: dict[int, Any] = field(default_factory=dict)
     _pending: set[int] = field(default_factory=set)
@@ -60,9 +62,11 @@ class Emitter:
                 return
         if op in COLLECTIVES:
             self._collective(node, op, args)
-        kwargs = {name: self._encode(arg, node) for name, arg in sorted(node.kwargs.items())}
+        kwargs = {name: self._encode(arg, node) for name, arg in node.kwargs.items()}
         outputs, spread = self._outputs(node)
-        self.instructions.append(Instruction(op, args, kwargs, outputs, spread, (), self._location(node), note(node).phase.value))
+        form, reads = CallForm.of(op, args, kwargs, len(outputs) if spread else 0, note(node).phase.value)
+        form = self._forms.setdefault(repr(form), form)
+        self.instructions.append(Instruction(form, reads, outputs, (), self._location(node)))
         if op == WAIT:
             self._waited[args[0]["slot"]] = self.values[node]
 

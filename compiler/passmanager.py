@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from .collector import without_collector
+from ..runtime.collector import without_collector
 from .contract import Context, Pass
 from .errors import HocketError, VerificationError
 from .layout import format_layout

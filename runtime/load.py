@@ -8,15 +8,18 @@ inside lists or keywords (``cat``) get a small wrapper that puts flat values int
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from .collector import without_collector
 from .errors import ProgramError
+from .instruction import CallForm, Instruction
 from .ops import COLLECTIVES, WAIT, resolve
-from .program import Instruction, RankProgram
+from .program import RankProgram
 from .templates import Site, fold, is_rank_dependent
 from .tile_loop import TILE_LOOP, TileLoop, read_tile_loop
 
@@ -62,6 +65,7 @@ class LoadedProgram:
         return [None] * self.program.slots + list(self.constants)
 
 
+@without_collector()
 def load(
     program: RankProgram, rank: int, *, device: torch.device | None = None, floating: torch.dtype | None = None
 ) -> LoadedProgram:
@@ -72,10 +76,24 @@ def load(
     """
     loader = _Loader(program, Site.of(program.mesh, rank, device, floating))
     try:
-        steps = tuple(loader.step(index, ins) for index, ins in enumerate(program.instructions))
+        steps = tuple(loader.steps(program.instructions))
     except TypeError as error:
         raise ProgramError(f"an argument of the program is malformed: {error}") from error
     return LoadedProgram(program, rank, loader.site, steps, tuple(loader.constants), loader.varying, loader.loops)
+
+
+class _Prepared(NamedTuple):
+    """What all instructions of one form share.
+
+    pick: from the slots an instruction reads, followed by ``constants`` (positions in the frame), its inputs in the order of the
+    call; None where its inputs are what it reads.
+    """
+
+    kind: str
+    call: Callable[..., Any] | None
+    constants: tuple[int, ...]
+    pick: Callable[[tuple[int, ...]], tuple[int, ...]] | None
+    spread: bool
 
 
 class _Loader:
@@ -86,86 +104,62 @@ class _Loader:
         self.varying: dict[int, Any] = {}
         self.loops: dict[int, TileLoop] = {}
         self._interned: dict[tuple[type, Any], int] = {}
-        self._bound: dict[tuple[str, str], Callable[..., Any]] = {}
 
-    def step(self, index: int, ins: Instruction) -> Step:
-        output, spread = (-1, ins.outputs) if ins.spread else (ins.outputs[0], ())
-        collective = COLLECTIVES.get(ins.op)
+    def steps(self, instructions: Sequence[Instruction]) -> Iterator[Step]:
+        """One step per instruction."""
+        prepared: dict[int, _Prepared] = {}  # forms live as long as their instructions
+        new = tuple.__new__  # as Step._make does, without its call
+        for index, (form, reads, outputs, frees, _) in enumerate(instructions):
+            known = prepared.get(id(form))
+            if known is None:
+                known = prepared[id(form)] = self._prepare(form)
+            kind, call, constants, pick, spread = known
+            inputs = reads if pick is None else pick(reads + constants)
+            if kind is TILES:
+                self.loops[index] = read_tile_loop(*form.args[1:])
+            output, several = (-1, outputs) if spread else (outputs[0], ())
+            yield new(Step, (index, kind, call, inputs, output, several, frees))
+
+    def _prepare(self, form: CallForm) -> _Prepared:
+        collective = COLLECTIVES.get(form.op)
+        call: Callable[..., Any] | None = None
         if collective is not None:
-            inputs = tuple(self._position(ins.args[i]) for i in collective.arguments)
-            return Step(index, collective.method, None, inputs, output, spread, ins.frees)
-        if ins.op == WAIT:
-            return Step(index, WAITING, None, (self._position(ins.args[0]),), output, spread, ins.frees)
-        if ins.op == TILE_LOOP:
-            operands, *words = ins.args
-            self.loops[index] = read_tile_loop(*words)
-            return Step(index, TILES, None, tuple(self._position(t) for t in operands), output, spread, ins.frees)
-        call = resolve(ins.op)
-        positions = self._flat_positions(ins.args)
-        if positions is not None and ins.kwargs:
-            call, positions = self._with_keywords(call, ins, positions)
-        if positions is None:
-            call, positions = self._wrapped(call, ins)
-        return Step(index, COMPUTE, call, tuple(positions), output, spread, ins.frees)
+            kind, templates = collective.method, [form.args[i] for i in collective.arguments]
+        elif form.op == WAIT:
+            kind, templates = WAITING, form.args
+        elif form.op == TILE_LOOP:
+            kind, templates = TILES, form.args[0]
+        else:
+            kind = COMPUTE
+            call, templates = self._callable(form)
+        constants: list[int] = []
+        order = [self._place(template, form.places, constants) for template in templates]
+        if order == list(range(form.places)):
+            return _Prepared(kind, call, (), None, form.spread > 0)
+        return _Prepared(kind, call, tuple(constants), _picker(order), form.spread > 0)
 
-    def _flat_positions(self, args: list[Any]) -> list[int] | None:
-        """Where each argument lies in the frame; None when one of them has slots inside a list."""
-        positions: list[int] = []
-        for template in args:
-            if type(template) is dict and "slot" in template:
-                positions.append(template["slot"])
-            elif type(template) is list and _has_slot(template):
-                return None
-            else:
-                positions.append(self._position(template))
-        return positions
+    def _place(self, template: Any, places: int, constants: list[int]) -> int:
+        """Where the value of a flat template lies among the slots and constants of an instruction."""
+        if type(template) is dict and "slot" in template:
+            place: int = template["slot"]
+            return place
+        constants.append(self._position(template))
+        return places + len(constants) - 1
 
-    def _with_keywords(
-        self, call: Callable[..., Any], ins: Instruction, positions: list[int]
-    ) -> tuple[Callable[..., Any], list[int] | None]:
-        """``call`` with its constant keywords bound; positions become None when a keyword is not the same on all ranks."""
-        key = (ins.op, repr(ins.kwargs))
-        known = self._bound.get(key)
-        if known is None:
-            if any(_has_slot(t) or is_rank_dependent(t) for t in ins.kwargs.values()):
-                return call, None
-            known = functools.partial(call, **{name: fold(t, self.site) for name, t in ins.kwargs.items()})
-            self._bound[key] = known
-        return known, positions
-
-    def _wrapped(self, call: Callable[..., Any], ins: Instruction) -> tuple[Callable[..., Any], list[int]]:
-        """``call`` behind a function of flat values, for slots in nested lists and anything unusual in keywords."""
-        positions: list[int] = []
-        build_args = [self._builder(template, positions) for template in ins.args]
-        build_kwargs = {name: self._builder(template, positions) for name, template in ins.kwargs.items()}
-
-        def wrapped(*flat: Any) -> Any:
-            return call(*[build(flat) for build in build_args], **{name: build(flat) for name, build in build_kwargs.items()})
-
-        return wrapped, positions
-
-    def _builder(self, template: Any, positions: list[int]) -> Callable[[tuple[Any, ...]], Any]:
-        """A function from the flat values of an instruction to one argument; appends the positions it reads."""
-        start = len(positions)
-        if self._is_flat(template):
-            positions.append(self._position(template))
-            return lambda flat: flat[start]
-        if all(isinstance(item, dict) and "slot" in item for item in template):
-            positions.extend(item["slot"] for item in template)
-            stop = len(positions)
-            return lambda flat: list(flat[start:stop])
-        items = [self._builder(item, positions) for item in template]
-        return lambda flat: [item(flat) for item in items]
-
-    def _is_flat(self, template: Any) -> bool:
-        """Whether a template is one position of the frame: a slot, or a constant."""
-        return not isinstance(template, list) or not _has_slot(template)
+    def _callable(self, form: CallForm) -> tuple[Callable[..., Any], list[Any]]:
+        """The function of a COMPUTE step and the flat templates it takes."""
+        call = resolve(form.op)
+        named = form.kwargs.values()
+        if not any(type(template) is list and _has_slot(template) for template in form.args):
+            if not form.kwargs:
+                return call, form.args
+            if not any(_has_slot(template) or is_rank_dependent(template) for template in named):
+                return functools.partial(call, **{name: fold(t, self.site) for name, t in form.kwargs.items()}), form.args
+        return _wrapped(call, form)
 
     def _position(self, template: Any) -> int:
+        """Where a constant lies in the frame."""
         kind = type(template)
-        if kind is dict and "slot" in template:
-            slot: int = template["slot"]
-            return slot
         key = (kind, template if kind is int or kind is str else repr(template))  # repr: 0.0 and -0.0 are equal, lists have no hash
         known = self._interned.get(key)
         if known is None:
@@ -174,6 +168,38 @@ class _Loader:
             if is_rank_dependent(template):
                 self.varying[known] = template
         return known
+
+
+def _picker(order: list[int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    if len(order) > 1:
+        return operator.itemgetter(*order)
+    return operator.itemgetter(slice(order[0], order[0] + 1) if order else slice(0))
+
+
+def _wrapped(call: Callable[..., Any], form: CallForm) -> tuple[Callable[..., Any], list[Any]]:
+    """``call`` behind a function of flat values, for slots in nested lists and anything unusual in keywords; and its templates."""
+    flat: list[Any] = []
+    build_args = [_builder(template, flat) for template in form.args]
+    build_kwargs = {name: _builder(template, flat) for name, template in form.kwargs.items()}
+
+    def wrapped(*values: Any) -> Any:
+        return call(*[build(values) for build in build_args], **{name: build(values) for name, build in build_kwargs.items()})
+
+    return wrapped, flat
+
+
+def _builder(template: Any, flat: list[Any]) -> Callable[[tuple[Any, ...]], Any]:
+    """A function from the flat values of a call to one argument; appends the templates of the values it takes."""
+    start = len(flat)
+    if not isinstance(template, list) or not _has_slot(template):
+        flat.append(template)
+        return lambda values: values[start]
+    if all(isinstance(item, dict) and "slot" in item for item in template):
+        flat.extend(template)
+        stop = len(flat)
+        return lambda values: list(values[start:stop])
+    items = [_builder(item, flat) for item in template]
+    return lambda values: [item(values) for item in items]
 
 
 def _has_slot(template: Any) -> bool:

@@ -38,7 +38,7 @@ def match_collectives(programs: RankProgram | Sequence[RankProgram]) -> None:
 def _depends_on_rank(program: RankProgram) -> bool:
     """Whether ranks that run this one list may still disagree: messages, or collectives with rank-dependent arguments."""
     found = (program.instructions[c.instruction] for c in program.collectives)
-    return any(ins.op in (SEND, RECV) or is_rank_dependent(ins.args) for ins in found)
+    return any(ins.op in (SEND, RECV) or is_rank_dependent(ins.form.args) for ins in found)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class _Player:
                 if ins.op == RECV:
                     receives[ins.outputs[0]] = recorded[index]
                 yield _Event(index, recorded[index])
-            elif ins.op == WAIT and ins.args[0]["slot"] in receives:
-                yield _Event(index, None, receives[ins.args[0]["slot"]])
+            elif ins.op == WAIT and ins.reads[0] in receives:
+                yield _Event(index, None, receives[ins.reads[0]])
 
     @property
     def event(self) -> _Event | None:
@@ -94,11 +94,11 @@ class _Player:
 
     def argument(self, event: _Event, position: int) -> object:
         """An argument of a collective, folded on this rank."""
-        return fold(self.program.instructions[event.index].args[position], self.site)
+        return fold(self.program.instructions[event.index].form.args[position], self.site)
 
     def peer(self, event: _Event, collective: Collective) -> int:
         """The other rank of a message; CollectiveMismatch when there is none."""
-        index = fold_integer(self.program.instructions[collective.instruction].args[1], self.site)
+        index = fold_integer(self.program.instructions[collective.instruction].form.args[1], self.site)
         members = self.program.mesh.group(collective.axis, self.rank)
         if not 0 <= index < len(members) or members[index] == self.rank:
             raise _mismatch(f"there is no peer {index}: {self.place()}", self, event)
@@ -144,7 +144,7 @@ class _Play:
         return player.position > start
 
     def _tag(self, player: _Player, collective: Collective) -> int:
-        return fold_integer(player.program.instructions[collective.instruction].args[2], player.site)
+        return fold_integer(player.program.instructions[collective.instruction].form.args[2], player.site)
 
     def _receive(self, player: _Player, event: _Event, found: Collective) -> bool:
         letters = self.mail.get((player.peer(event, found), player.rank, self._tag(player, found), found.axis))

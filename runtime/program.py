@@ -5,6 +5,7 @@ port descriptions; no code, no pickle. One program serves every rank of an SPMD 
 rank-dependent integers are expressions (``templates``) that a rank folds when it loads the program.
 
     slots         0 .. len(inputs)-1 are the inputs in order; every other slot is written by exactly one instruction
+    forms         instructions that call the same op with the same constants share a form (``instruction``), and its text
     segments      contiguous ranges of instructions run by separate calls on one frame (forward, later backward)
     freeing       an instruction names the slots whose value nobody reads after it, in any segment
 """
@@ -14,15 +15,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .errors import ProgramError
+from .instruction import CallForm, Instruction
 from .mesh import Mesh
 
 FORMAT = "hocket-rank-program"
-VERSION = 1
+VERSION = 2
 
 NO_DTYPE = "none"
 """dtype of an output port that has no value (a gradient that does not exist)."""
@@ -44,23 +46,6 @@ class PortSpec:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
-
-
-class Instruction(NamedTuple):
-    """One call. ``args`` and ``kwargs`` are templates (see ``templates``).
-
-    outputs: ``(slot,)`` for an op that returns one tensor; for an op that returns several, one slot per element, -1 for an element
-    nobody reads (then ``spread`` is True). frees: slots nobody reads from here on. location: index into ``RankProgram.locations``.
-    """
-
-    op: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-    outputs: tuple[int, ...]
-    spread: bool
-    frees: tuple[int, ...]
-    location: int
-    phase: str
 
 
 class Segment(NamedTuple):
@@ -169,18 +154,36 @@ def digest(canonical: str) -> str:
 
 
 def _body(program: RankProgram) -> dict[str, Any]:
+    forms, numbers = _forms(program.instructions)
     return {
         "format": FORMAT,
         "version": program.version,
         "mesh": program.mesh.axes,
         "inputs": [[p.kind, p.name, p.shape, p.dtype, p.layout] for p in program.inputs],
         "outputs": [[p.kind, p.name, p.shape, p.dtype, p.layout] for p in program.outputs],
-        "instructions": program.instructions,
+        "forms": [[form.op, form.args, form.kwargs, form.spread, form.phase] for form in forms],
+        "instructions": [
+            [number, ins.location, *ins.outputs, *ins.reads, *ins.frees]
+            for number, ins in zip(numbers, program.instructions, strict=True)
+        ],
         "segments": program.segments,
         "locations": program.locations,
         "collectives": program.collectives,
         "slots": program.slots,
     }
+
+
+def _forms(instructions: Sequence[Instruction]) -> tuple[list[CallForm], list[int]]:
+    """The different forms in the order in which they appear first, and the number of each instruction's form among them."""
+    known: dict[int, int] = {}  # most equal forms are one object
+    equal: dict[str, int] = {}
+    forms: list[CallForm] = []
+    for ins in instructions:
+        if id(ins.form) not in known:
+            known[id(ins.form)] = number = equal.setdefault(repr(ins.form), len(forms))
+            if number == len(forms):
+                forms.append(ins.form)
+    return forms, [known[id(ins.form)] for ins in instructions]
 
 
 def _show(template: Any) -> str:

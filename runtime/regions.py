@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from .instruction import Instruction
 from .ops import COLLECTIVES, WAIT, is_random, overload_of
-from .program import Instruction, RankProgram, Segment
-from .templates import slots_in
+from .program import RankProgram, Segment
 from .tile_loop import TILE_LOOP
 
 MIN_WORK = 2
@@ -73,7 +73,7 @@ def _region(instructions: tuple[Instruction, ...], start: int, stop: int) -> Reg
     inputs: dict[int, None] = {}
     freed: set[int] = set()
     for ins in instructions[start:stop]:
-        inputs.update(dict.fromkeys(s for s in slots_in((*ins.args, *ins.kwargs.values())) if s not in written))
+        inputs.update(dict.fromkeys(s for s in ins.reads if s not in written))
         written.update(slot for slot in ins.outputs if slot >= 0)
         freed.update(ins.frees)
     outputs = tuple(sorted(written - freed))

@@ -12,8 +12,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from .executors.tiles import forms_of_loop
+from .instruction import Instruction
 from .ops import COLLECTIVES, WAIT, overload_of
-from .program import Instruction, RankProgram
+from .program import RankProgram
 from .templates import Site, fold
 from .tile_loop import TILE_LOOP, read_tile_loop
 

@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from ..collector import without_collector
+from ...runtime.collector import without_collector
 from ..errors import HocketError
 from ..program import Decision, Literal, Program, Role, RoleKind, Signature, check_program
 from .blocks import BlockGroup, find_blocks

@@ -10,7 +10,7 @@ import torch.fx as fx
 from torch import nn
 from torch.optim import Optimizer
 
-from ..collector import without_collector
+from ...runtime.collector import without_collector
 from ..errors import InputError
 from ..program import Note, Phase, Program, Role, RoleKind, annotate, check_program, note
 from .flatten import identifier, lazy_module

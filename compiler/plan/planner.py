@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...runtime.collector import without_collector
 from ...runtime.mesh import Mesh
-from ..collector import without_collector
 from ..cost.cluster import COLLECTIVES, Cluster
 from ..cost.estimate import estimate
 from ..cost.transfer import TransferPrices

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..collector import without_collector
+from ...runtime.collector import without_collector
 from ..contract import Approx, Contract, Equal, Spec
 from ..errors import HocketError, InputError, UnsupportedError
 from ..program import Program

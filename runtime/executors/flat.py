@@ -220,13 +220,13 @@ class FlatExecutor:
         if kind == WAITING:
             monitor.wait(index)
             return
-        ins = self.program.instructions[index]
+        form = self.program.instructions[index].form
         if kind == TILES:
-            monitor.issue(index, zlib.crc32(repr(ins.args[1:]).encode()))
+            monitor.issue(index, zlib.crc32(repr(form.args[1:]).encode()))
             return
         tensor = values[self.loaded.steps[index].inputs[0]]
         shape = "" if kind in UNSHAPED else tuple(tensor.shape)
-        monitor.issue(index, zlib.crc32(f"{ins.op}{ins.args[-1]}{shape}{tensor.dtype}".encode()))
+        monitor.issue(index, zlib.crc32(f"{form.op}{form.args[-1]}{shape}{tensor.dtype}".encode()))
 
 
 _NOTHING = contextlib.nullcontext()

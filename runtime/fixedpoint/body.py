@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import ProgramError
+from ..instruction import CallForm, Instruction
 from ..mesh import Mesh
 from ..ops import COLLECTIVES, WAIT, is_random, overload_of
-from ..program import Instruction, RankProgram, encode
+from ..program import RankProgram, encode
 from ..templates import is_rank_dependent, slots_in
 
 FORMAT = 1
@@ -97,8 +98,11 @@ class Body:
 
     def as_program(self, calls: Sequence[Call]) -> RankProgram:
         """Some of the calls as a program of one rank, for the loader."""
-        instructions = tuple(Instruction(c.op, c.args, c.kwargs, c.outputs, c.spread, (), 0, "forward") for c in calls)
-        return RankProgram(Mesh((("one", 1),)), (), (), instructions, (), ("",), (), self.slots)
+        instructions = []
+        for call in calls:
+            form, reads = CallForm.of(call.op, call.args, call.kwargs, len(call.outputs) if call.spread else 0, "forward")
+            instructions.append(Instruction(form, reads, call.outputs, (), 0))
+        return RankProgram(Mesh((("one", 1),)), (), (), tuple(instructions), (), ("",), (), self.slots)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from hocket.runtime.instruction import CallForm, Instruction
 from hocket.runtime.mesh import Mesh
-from hocket.runtime.program import Collective, Instruction, PortSpec, RankProgram, Segment
+from hocket.runtime.program import Collective, PortSpec, RankProgram, Segment
 
 AR, WAIT = "_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"
 LINE = "model.py:41 self.down(relu(self.up(x)))"
@@ -20,8 +21,8 @@ def slot(number):
 
 
 def instruction(op, args, out, kwargs=None, location=1, phase="forward"):
-    frees = (args[0]["slot"],) if op == WAIT else ()
-    return Instruction(op, args, kwargs or {}, (out,), False, frees, location, phase)
+    form, reads = CallForm.of(op, args, kwargs or {}, 0, phase)
+    return Instruction(form, reads, (out,), reads if op == WAIT else (), location)
 
 
 def mlp(mesh: Mesh, batch=6, width=8, hidden=10, out=4, axis="tp") -> RankProgram:
@@ -173,7 +174,7 @@ def install(worker):
             program = read(text)
             code = list(program.instructions)
             for index, op, args, kwargs in EDIT:
-                code[index] = code[index]._replace(op=op, args=args, kwargs=kwargs)
+                code[index] = code[index].calling(op, args, kwargs)
             import dataclasses
             left = tuple(c for c in program.collectives if code[c.instruction].op == c.op)
             return dataclasses.replace(program, instructions=tuple(code), collectives=left)

@@ -35,6 +35,11 @@ def tampered(program: RankProgram, **changes) -> str:
     return json.dumps({"program": body, "sha256": digest(encode(body))})
 
 
+def forms_of(program: RankProgram) -> list[list]:
+    """The calls of a program as its text has them: op, args, kwargs, spread, phase."""
+    return json.loads(program.to_json())["program"]["forms"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_text_restores_an_equal_program_and_is_deterministic(case):
     program = emit(case())
@@ -118,6 +123,11 @@ def test_a_truncated_program_is_refused():
             RankProgram.from_json(text[:length])
 
 
+def test_an_older_program_says_so():
+    with pytest.raises(ProgramError, match="emit it again"):
+        RankProgram.from_json(tampered(emit(data_parallel_training()), version=VERSION - 1))
+
+
 def test_a_newer_program_says_so():
     with pytest.raises(ProgramError, match="upgrade hocket"):
         RankProgram.from_json(tampered(emit(data_parallel_training()), version=VERSION + 1))
@@ -136,10 +146,10 @@ def test_a_newer_program_says_so():
 )
 def test_ops_outside_the_allow_list_are_refused_when_read(op):
     program = emit(data_parallel_training())
-    instructions = [list(ins) for ins in program.instructions]
-    instructions[0][0] = op
+    forms = forms_of(program)
+    forms[0][0] = op
     with pytest.raises(ProgramError, match=r"not allowed|not supported"):
-        RankProgram.from_json(tampered(program, instructions=instructions))
+        RankProgram.from_json(tampered(program, forms=forms))
 
 
 @pytest.mark.parametrize(
@@ -157,10 +167,10 @@ def test_ops_that_are_unknown_or_not_functional_are_refused_when_loaded(op):
     with pytest.raises(ProgramError):
         overload_of(op)
     program = emit(data_parallel_training())
-    instructions = [list(ins) for ins in program.instructions]
-    instructions[0][0] = op
+    forms = forms_of(program)
+    forms[0][0] = op
     with pytest.raises(ProgramError):
-        load(RankProgram.from_json(tampered(program, instructions=instructions)), 0)
+        load(RankProgram.from_json(tampered(program, forms=forms)), 0)
 
 
 def broken_bodies():
@@ -170,18 +180,43 @@ def broken_bodies():
     def edit(**changes):
         return {**raw, **changes}
 
-    def instruction(index, position, value):
+    def instruction(index, position, value):  # a row is form, location, outputs, reads, frees
         copy = [list(ins) for ins in raw["instructions"]]
-        copy[index][position] = value
+        copy[index][position:] = value
         return edit(instructions=copy)
 
-    yield "reads an unwritten slot", instruction(0, 1, [{"slot": 12}, {"slot": 1}])
-    yield "reads a slot out of range", instruction(0, 1, [{"slot": 10**9}, {"slot": 1}])
-    yield "writes an input", instruction(0, 3, [0])
-    yield "frees a slot that is still read", instruction(0, 5, [0, 1, 2])
-    yield "a negative free", instruction(0, 5, [-1])
-    yield "a boolean slot", instruction(0, 3, [True])
-    yield "no such location", instruction(0, 6, 99)
+    def form(index, position, value):
+        copy = [list(form) for form in raw["forms"]]
+        copy[index][position] = value
+        return edit(forms=copy)
+
+    assert raw["instructions"][0] == [0, 1, 5, 0, 1, 1]
+    yield "reads an unwritten slot", instruction(0, 3, [12, 1, 1])
+    yield "reads a slot out of range", instruction(0, 3, [10**9, 1, 1])
+    yield "reads a negative slot", instruction(0, 3, [-2, 1, 1])
+    yield "writes an input", instruction(0, 2, [0, 0, 1, 1])
+    yield "writes a negative slot", instruction(0, 2, [-1, 0, 1, 1])
+    yield "frees a slot that is still read", instruction(0, 3, [0, 1, 0, 1, 2])
+    yield "frees a slot twice", instruction(0, 3, [0, 1, 1, 1])
+    yield "a negative free", instruction(0, 3, [0, 1, -1])
+    yield "a free out of range", instruction(0, 3, [0, 1, 10**9])
+    yield "a boolean slot", instruction(0, 3, [0, True, 1])
+    yield "a slot that is a number with a point", instruction(0, 3, [0, 1.0, 1])
+    yield "too few slots for the call", instruction(0, 3, [0])
+    yield "an empty instruction", instruction(0, 0, [])
+    yield "no such location", instruction(0, 1, [99, 5, 0, 1, 1])
+    yield "a negative location", instruction(0, 1, [-1, 5, 0, 1, 1])
+    yield "no such call", instruction(0, 0, [99, 1, 5, 0, 1, 1])
+    yield "a negative call", instruction(0, 0, [-1, 1, 5, 0, 1, 1])
+    yield "an instruction that is no list", edit(instructions=["ab", *raw["instructions"][1:]])
+    yield "places that are not in order", form(0, 1, [{"slot": 1}, {"slot": 0}])
+    yield "a place left out", form(0, 1, [{"slot": 0}, {"slot": 2}])
+    yield "a place that is a boolean", form(0, 1, [{"slot": False}, {"slot": True}])
+    yield "arguments that are no list", form(0, 1, {"slot": 0})
+    yield "keywords that are no dictionary", form(0, 2, [])
+    yield "a negative number of results", form(0, 3, -1)
+    yield "more results than slots", form(0, 3, 7)
+    yield "a form of three fields", edit(forms=[raw["forms"][0][:3], *raw["forms"][1:]])
     yield "more slots than writes", edit(slots=10**9)
     yield "segments leave a gap", edit(segments=[raw["segments"][0], ["backward", 99, 99, [4], [], []]])
     yield "an output twice", edit(segments=[raw["segments"][0], raw["segments"][0]])
@@ -191,10 +226,9 @@ def broken_bodies():
     yield "another mesh axis", edit(mesh=[["tp", 2]])
     yield "a layout of another rank", edit(inputs=[["input", "x", [6], "float32", ["S(3)"]], *raw["inputs"][1:]])
     yield "a shape of strings", edit(inputs=[["input", "x", ["6"], "float32", ["R"]], *raw["inputs"][1:]])
-    index = raw["collectives"][0][0]
-    wait = next(i for i, ins in enumerate(raw["instructions"]) if i > index and "wait_tensor" in ins[0])
-    yield "a collective read without a wait", instruction(wait, 0, "aten.neg.default")
-    yield "a wait for something else", instruction(0, 0, "_c10d_functional.wait_tensor.default")
+    wait = next(i for i, form in enumerate(raw["forms"]) if "wait_tensor" in form[0])
+    yield "a collective read without a wait", form(wait, 0, "aten.neg.default")
+    yield "a wait for something else", form(1, 0, "_c10d_functional.wait_tensor.default")
 
 
 @pytest.mark.parametrize(("name", "body"), list(broken_bodies()), ids=lambda v: v if isinstance(v, str) else "")
@@ -219,11 +253,12 @@ def test_malformed_programs_are_refused(name, body):
 )
 def test_malformed_arguments_are_refused_when_loaded(template):
     program = emit(data_parallel_training())
-    instructions = [list(ins) for ins in program.instructions]
-    instructions[3][1] = [{"slot": 3}, template]
-    assert instructions[3][0] == "aten.add.Tensor"
+    forms = forms_of(program)
+    added = next(form for form in forms if form[0] == "aten.add.Tensor")
+    assert added[1] == [{"slot": 0}, 1]
+    added[1][1] = template
     with pytest.raises(ProgramError):
-        load(RankProgram.from_json(tampered(program, instructions=instructions)), 0)
+        load(RankProgram.from_json(tampered(program, forms=forms)), 0)
 
 
 def test_rank_dependent_integers_fold_to_the_chunks_of_each_rank():
@@ -233,6 +268,25 @@ def test_rank_dependent_integers_fold_to_the_chunks_of_each_rank():
     assert sizes == [2, 2, 2, 2, 2, 1]
     assert [fold({"offset": [7, 3, {"coordinate": "tp"}]}, Site.of(mesh, r)) for r in range(3)] == [0, 3, 6]
     assert fold({"padded": [7, 3]}, Site.of(mesh, 0)) == 9
+
+
+def test_instructions_that_call_the_same_share_a_form_and_its_check():
+    program = emit(data_parallel_training())
+    again = RankProgram.from_json(program.to_json())
+    for one in (program, again):
+        transposes = [ins for ins in one.instructions if ins.op == "aten.t.default"]
+        assert len(transposes) > 1
+        assert len({id(ins.form) for ins in transposes}) == 1
+    assert [ins.args for ins in again.instructions] == [ins.args for ins in program.instructions]
+
+
+def test_an_instruction_can_be_made_to_call_something_else():
+    first = emit(data_parallel_training()).instructions[0]
+    changed = first.calling("aten.add.Tensor", [{"slot": 7}, [{"slot": 3}, 2]], {"alpha": {"slot": 7}})
+    assert changed.reads == (7, 3, 7)
+    assert changed.args == [{"slot": 7}, [{"slot": 3}, 2]]
+    assert changed.kwargs == {"alpha": {"slot": 7}}
+    assert changed.outputs == first.outputs
 
 
 def test_check_accepts_what_emit_makes():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...collector import without_collector
+from ....runtime.collector import without_collector
 from ...errors import InputError
 from ...program import Program, note, tensor_leaves
 from .arguments import all_whole, arguments, factor_varies, mentions

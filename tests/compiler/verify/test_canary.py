@@ -58,11 +58,12 @@ class Lossy(SimEngine):
     def load(self, program: RankProgram, bindings: Any) -> Any:
         place = next(i for i, ins in enumerate(program.instructions) if "all_reduce" in ins.op)
         source, *_ = program.instructions[place].args
-        lost = program.instructions[place]._replace(op="aten.clone.default", args=[source])
+        lost = program.instructions[place].calling("aten.clone.default", [source])
         instructions = (*program.instructions[:place], lost, *program.instructions[place + 1 :])
         wait = place + 1
         assert "wait_tensor" in instructions[wait].op
-        instructions = (*instructions[:wait], instructions[wait]._replace(op="aten.clone.default"), *instructions[wait + 1 :])
+        kept = instructions[wait].calling("aten.clone.default", instructions[wait].args)
+        instructions = (*instructions[:wait], kept, *instructions[wait + 1 :])
         collectives = tuple(one for one in program.collectives if one.instruction != place)
         changed = RankProgram(
             program.mesh,

@@ -1,7 +1,8 @@
-"""Compiling without Python's cyclic collector.
+"""Working without Python's cyclic collector.
 
-Tracing, planning and lowering make hundreds of thousands of small objects that all stay. Each of the collector's rounds walks over
-them and everything that torch holds, and finds next to nothing: at ten thousand nodes that is a third of the time.
+Tracing, planning, lowering and loading make up to hundreds of thousands of small objects that all stay. Each of the collector's
+rounds walks over them and everything that torch holds, and finds next to nothing: at ten thousand nodes that is a third of the
+time.
 """
 
 from __future__ import annotations
