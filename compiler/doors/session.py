@@ -17,7 +17,7 @@ from ..capture import Specialisations, capture
 from ..errors import InputError
 from ..layout import format_layout
 from ..plan.tactics import capturing
-from ..program import RoleKind
+from ..program import Program, RoleKind
 from ..retrace import Retrace
 from .autograd import Call, RanksFunction
 from .hall import Compiled, Options, compile_program, prove_again, run_exactly
@@ -99,12 +99,15 @@ class Session:
     @single_threaded
     def _compile(self, train: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loaded:  # noqa: FBT001 (a callback)
         start = time.perf_counter()
-        with capturing(self.options.tactics):
-            program = capture(self.state.captured, args, kwargs, train=train)
-            captured = time.perf_counter() - start
-            retrace = Retrace(self.state.captured, args, kwargs, train=train)
-            compiled = compile_program(program, self.options, retrace=retrace, fixed=self._settled())
-        compiled = compiled.timed(capture=captured)
+
+        def captured(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+            with capturing(self.options.tactics):  # and not the passes and proofs, which would run in it at half the speed
+                return capture(self.state.captured, args, kwargs, train=train)
+
+        program = captured(args, kwargs)
+        seconds = time.perf_counter() - start
+        retrace = Retrace(self.state.captured, args, kwargs, step=captured)
+        compiled = compile_program(program, self.options, retrace=retrace, fixed=self._settled()).timed(capture=seconds)
         loaded = Loaded(self.engine, compiled, self.state.bindings(compiled))
         self.state.watch()
         return loaded
