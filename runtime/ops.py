@@ -90,6 +90,10 @@ def _define(base: str) -> None:
         from .fixedpoint.op import chain_op  # its bodies hold ops of this table
 
         chain_op()
+    elif base == "resume":
+        from .fixedpoint.resume import resume_op
+
+        resume_op()
     elif base in ("stand_in", "stand_ins"):
         from .stand_in import define
 

@@ -86,6 +86,14 @@ def _convolution_backward(inputs: Tensors, outputs: Tensors) -> Size:
     return 2 * inputs[0].numel * math.prod(inputs[2].shape[1:]) * products
 
 
+def chain_flops(inputs: Tensors, outputs: Tensors) -> Size:
+    """Products of a chain whose steps give out [count, rows, ...]: every row of every step meets every matrix once."""
+    steps = next((t.shape for t in reversed(outputs) if len(t.shape) > 2), None)
+    if steps is None:
+        return 0
+    return 2 * steps[0] * steps[1] * sum(t.numel for t in inputs if len(t.shape) == 2 and t.shape[0] != steps[1])
+
+
 FLOPS: Mapping[Any, Callable[[Tensors, Tensors], Size]] = {
     aten.mm: _matmul,
     aten.addmm: _matmul,
@@ -130,7 +138,7 @@ def work(target: Any, inputs: Tensors, outputs: Tensors, *, transposed: bool = F
     if is_view(target):
         return Work(0, 0, is_view=True)
     kind = packet(target)
-    formula = FLOPS.get(kind)
+    formula = chain_flops if str(kind) in ("hocket.chain", "hocket.resume") else FLOPS.get(kind)
     written = sum(t.nbytes for t in outputs)
     read = sum(t.nbytes for t in inputs)
     if kind in _ROW_READERS:

@@ -79,7 +79,7 @@ def plan(
     view = view_program(program, gradients_like_parameters=gradients == "like-params")
     promises = Promises(gradients == "like-params", any(role.kind is RoleKind.STATE for role in program.signature.inputs))
     chosen = tactics_by_axis(tactics, mesh, promises)
-    of_ops = _op_candidates(view, mesh, rules)
+    of_ops = _op_candidates(view, mesh, rules, chosen)
     cut_weights = [_cut_weights(view, of_axis) for of_axis in of_ops]
     restrictions = port_restrictions(view, mesh, chosen, constraints or {}, outputs, cut_weights)
     candidates = [_without_unmade(view, _with_ports(view, *pair)) for pair in zip(of_ops, restrictions, strict=True)]
@@ -89,17 +89,18 @@ def plan(
     return plan_within(memory_limit, search.charged, view, TransferPrices(mesh, cluster))
 
 
-def _op_candidates(view: View, mesh: Mesh, rules: Rules) -> Candidates:
+def _op_candidates(view: View, mesh: Mesh, rules: Rules, tactics: Sequence[Tactic]) -> Candidates:
     """The rule table's answer for every op, asked once per signature; ports get their uncut rule for now."""
     found: Candidates = []
-    known: dict[tuple[int, int, int], tuple[Rule, ...]] = {}
-    for parts in mesh.shape:
+    known: dict[tuple[int, int, Tactic, int], tuple[Rule, ...]] = {}
+    for parts, tactic in zip(mesh.shape, tactics, strict=True):
         of_axis = []
         for site in view.sites:
-            key = (site.signature, len(site.uses), parts)
+            key = (site.signature, len(site.uses), tactic if type(tactic).rules is not Tactic.rules else Tactic(""), parts)
             if key not in known:
                 ask = site.is_op and parts > 1 and any(v is not None for v in (*site.uses, *site.makes))
-                known[key] = rules.rules(site.node, parts) if ask and site.node is not None else (whole_rule(site),)
+                of_op = rules.rules(site.node, parts) if ask and site.node is not None else (whole_rule(site),)
+                known[key] = of_op if site.node is None else tactic.rules(site.node.target, of_op)
             of_axis.append(known[key])
         found.append(of_axis)
     return found

@@ -20,6 +20,8 @@ from typing import ClassVar
 from ..contract import Pass
 from ..layout import Partial, Placement, Replicate, Shard
 from ..program import Role, RoleKind
+from ..rules.chains import is_chain
+from ..rules.rule import Rule
 
 Placements = tuple[Placement, ...]
 
@@ -38,6 +40,10 @@ class RewriteTactic:
 
     def rewrites_after(self) -> tuple[Pass, ...]:
         """Passes over the sharded program."""
+        return ()
+
+    def places(self) -> tuple[Tactic, ...]:
+        """Tactics for mesh axes that the rewriting needs."""
         return ()
 
     def while_capturing(self) -> contextlib.AbstractContextManager[object]:
@@ -79,7 +85,8 @@ def placing_tactics(tactics: Sequence[Tactic | RewriteTactic] | str) -> Sequence
     """Those of the tactics that place, ``"auto"`` where none does."""
     if isinstance(tactics, str):
         return tactics
-    return [t for t in tactics if not isinstance(t, RewriteTactic)] or "auto"
+    given = [t for t in tactics if not isinstance(t, RewriteTactic)]
+    return given + [t for rewrite in rewrites_of(tactics) for t in rewrite.places()] or "auto"
 
 
 @dataclass(frozen=True)
@@ -147,10 +154,24 @@ class Tactic:
         """Whether this tactic does without such a move."""
         return False
 
+    def rules(self, _target: object, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        """Those of an op's rules that may be chosen on this axis; at least one."""
+        return rules
+
 
 @dataclass(frozen=True)
 class Auto(Tactic):
     """Everything on this axis is the solver's choice."""
+
+
+@dataclass(frozen=True)
+class TimeParallel(Tactic):
+    """Chains are cut, whatever else is: their segments lie over the ranks of this axis (``Jacobi(axis=...)``)."""
+
+    def rules(self, target: object, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        """The cutting rule of a chain, where it has one."""
+        cutting = tuple(rule for rule in rules if not rule.is_replicate)
+        return cutting if is_chain(target) and cutting else rules
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..layout import local_size
+from .chains import is_chain, shorter
 from .execute import run_whole
 from .pieces import TRIALS, make_values
 from .signature import OpSignature, TensorSpec, replace_leaves, spec_of
@@ -131,6 +132,9 @@ def _same_structure(
 def _candidates(signature: OpSignature, parts: int, small_parts: int) -> Iterator[OpSignature]:
     if signature.target in RESHAPES:
         yield from _smaller_reshapes(signature, parts, small_parts)
+    if is_chain(signature.target):
+        yield from _smaller_chains(signature, parts, small_parts)
+        return
     sizes = sorted({n for spec in (*signature.tensors, *signature.outputs) if spec for n in spec.shape if n > 1})
     seen = set()
     for keep in _kept_sizes(signature, sizes):
@@ -145,6 +149,18 @@ def _candidates(signature: OpSignature, parts: int, small_parts: int) -> Iterato
                 yield small
             if len(keep) == len(sizes):
                 break
+
+
+def _smaller_chains(signature: OpSignature, parts: int, small_parts: int) -> Iterator[OpSignature]:
+    """Few steps on few rows. Features keep their number; sizes that differ must still do so."""
+    named = signature.arguments
+    rows, steps = named["init"][0].shape[:1], named["count"]
+    others = {n for spec in (*signature.tensors, *signature.outputs) if spec for n in spec.shape} - {*rows, steps}
+    fewer_steps = next((n for n in range(2, 32) if n not in others and _alike(steps, n, parts, small_parts)), steps)
+    for n in range(small_parts, 4 * small_parts + 32):
+        if rows and n not in {*others, fewer_steps} and _alike(rows[0], n, parts, small_parts):
+            yield shorter(signature, fewer_steps, n)
+    yield signature
 
 
 def _kept_sizes(signature: OpSignature, sizes: Sequence[int]) -> Iterator[frozenset[int]]:

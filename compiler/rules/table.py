@@ -19,6 +19,7 @@ from ..layout import Placement, Replicate, Shard
 from ..program import tensor_inputs, tensor_leaves
 from .annotations import hocket_annotations
 from .answer import Answer, answer_from_json, answer_to_json
+from .chains import chain_rules
 from .discover import discover
 from .families import family_rules
 from .linear import linear_rules
@@ -164,6 +165,7 @@ def _candidates(signature: OpSignature, parts: int, problems: list[str]) -> Iter
     yield from hocket_annotations(signature)
     yield from family_rules(signature, parts)
     yield from linear_rules(signature)
+    yield from chain_rules(signature)
 
 
 def _distinct(rules: list[Rule]) -> list[Rule]:

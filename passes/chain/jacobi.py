@@ -12,7 +12,7 @@ solved, and how exactly, is part of the instruction.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch.fx as fx
 
@@ -23,6 +23,7 @@ from .batch import Inserter
 from .canonical import merge_equal
 from .find import find_chains
 from .lift import lift
+from .segments import Segments, obstacle
 from .split import ChainNode, Split, split
 
 
@@ -32,7 +33,8 @@ class JacobiFeedforward:
 
     solver: "auto" measures at the first call and decides; or "blocks:64", "jacobi", "windows:32", "shooting:32", "newton",
     "sequential". exact: "bitwise", "rounding" or a relative tolerance. find: look for chains in unrolled graphs; shortest: of at
-    least so many steps.
+    least so many steps. axis: a mesh axis; chains are cut in time into as many segments as it has ranks (``segments``), and the
+    solver is that of a segment in its first sweep.
     """
 
     name: ClassVar[str] = "jacobi"
@@ -41,6 +43,7 @@ class JacobiFeedforward:
     exact: str | float = "rounding"
     find: bool = True
     shortest: int = 24
+    axis: str = ""
 
     def __call__(self, program: Program, context: Context) -> Program:
         """See the class."""
@@ -48,9 +51,10 @@ class JacobiFeedforward:
         how = How.parse(self.solver, self.exact)
         after, _ = copy_program(program)
         graph = after.graph.graph
-        how = _on_ranks(how, context.mesh.size)
+        parts = context.mesh.axis_size(self.axis) if self.axis else 1
+        how = _in_segments(how) if parts > 1 else _on_ranks(how, context.mesh.size)
         decisions = self._lifted(graph) if self.find else []
-        decisions += [self._chain(graph, node, how) for node in [n for n in graph.nodes if n.target is chain_op()]]
+        decisions += [self._chain(graph, node, how, parts) for node in [n for n in graph.nodes if n.target is chain_op()]]
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         return after.decided(*decisions)
 
@@ -68,7 +72,7 @@ class JacobiFeedforward:
             for r in refused
         ]
 
-    def _chain(self, graph: fx.Graph, node: fx.Node, how: How) -> Decision:
+    def _chain(self, graph: fx.Graph, node: fx.Node, how: How, parts: int) -> Decision:
         inserter = Inserter(graph, node, self.name)
         chain = ChainNode.of(node, inserter)
         chosen, reason = _choice(chain, how)
@@ -78,9 +82,24 @@ class JacobiFeedforward:
                 getter.replace_all_uses_with(made.replaced[index])
                 graph.erase_node(getter)
         graph.erase_node(node)
-        return Decision(
-            self.name, made.node.name, chosen.solver != "sequential", f"{_what(chain, made)}; {reason}", None, note(node).source
-        )
+        what, name, applied = _what(chain, made), made.node.name, chosen.solver != "sequential"
+        if parts > 1:
+            applied, more = self._cut(graph, made, chain.count, parts, chosen)
+            what = f"{what}; {more}"
+        return Decision(self.name, name, applied, f"{what}; {reason}", None, note(node).source)
+
+    def _cut(self, graph: fx.Graph, made: Split, count: int, parts: int, how: How) -> tuple[bool, str]:
+        """Cut a chain in time where that can be. Whether it was, and a sentence for the user."""
+        why = obstacle(made.body, count, parts)
+        if why:
+            return False, f"not cut over {self.axis}: {why}"
+        segments = Segments(made.body, count, parts, Inserter(graph, made.node, self.name))
+        results = segments.write(made.node, how)
+        for user in list(made.node.users):
+            user.replace_all_uses_with(results[int(cast(int, user.args[1]))])
+            graph.erase_node(user)
+        graph.erase_node(made.node)
+        return True, f"cut over {self.axis} into {parts} segments of {segments.length} steps, exact after {parts} sweeps"
 
 
 def _choice(chain: ChainNode, how: How) -> tuple[How, str]:
@@ -99,6 +118,11 @@ def _choice(chain: ChainNode, how: How) -> tuple[How, str]:
 def _on_ranks(how: How, ranks: int) -> How:
     """On several ranks nothing may depend on measured time: ranks that hold copies must take the same way."""
     return replace(how, solver="blocks", window=how.window or 32) if how.solver == "auto" and ranks > 1 else how
+
+
+def _in_segments(how: How) -> How:
+    """The segments of all ranks are long: each is a loop, unless another solver is asked for."""
+    return replace(how, solver="sequential") if how.solver == "auto" else how
 
 
 def _what(chain: ChainNode, made: Split) -> str:

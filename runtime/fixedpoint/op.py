@@ -37,7 +37,7 @@ def chain_op() -> torch._ops.OpOverload:
     library = torch.library.Library("hocket", "FRAGMENT")
     library.define(SCHEMA)
     library.impl("chain", solve, "CompositeExplicitAutograd")
-    torch.library.register_fake("hocket::chain", _shapes, lib=library)
+    torch.library.register_fake("hocket::chain", chain_shapes, lib=library)
     _KEPT.append(library)
     return torch.ops.hocket.chain.default
 
@@ -50,7 +50,7 @@ def solve(
     init: Sequence[Tensor], shared: Sequence[Tensor], streams: Sequence[Tensor], count: int, body: str, how: str
 ) -> list[Tensor]:
     """See the module. ProgramError for a body that is none, or inputs that do not fit it."""
-    chain, decision = _chain(init, shared, streams, count, body), read_how(how)
+    chain, decision = chain_of(init, shared, streams, count, body), read_how(how)
     if decision.solver in ("sequential", "gauss-seidel") and not decision.sweeps:
         return chain.loop_emits()  # keeps no state that is not given out
     solved = run_solver(chain, decision)
@@ -80,7 +80,8 @@ def run_solver(chain: Chain, how: How) -> Solved:
     return loop(chain)
 
 
-def _chain(init: Sequence[Tensor], shared: Sequence[Tensor], streams: Sequence[Tensor], count: int, text: str) -> Chain:
+def chain_of(init: Sequence[Tensor], shared: Sequence[Tensor], streams: Sequence[Tensor], count: int, text: str) -> Chain:
+    """A chain from the arguments of its op. ProgramError where they do not fit the body."""
     body = read_body(text)
     found = (len(init), len(shared), len(streams))
     if found != (body.carries, body.shared, body.streams) or count < 1:
@@ -97,12 +98,12 @@ def _sizes(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _shapes(
+def chain_shapes(
     init: Sequence[Tensor], shared: Sequence[Tensor], streams: Sequence[Tensor], count: int, body: str, how: str
 ) -> list[Tensor]:
     """Fake kernel: the shapes of one step, ``count`` times."""
     read_how(how)
-    chain = _chain(init, shared, streams, count, body)
+    chain = chain_of(init, shared, streams, count, body)
     step = chain.runner((*chain.body.following, *chain.body.emits))(chain.init, [stream[0] for stream in streams])
     for first, after in zip(init, step, strict=False):
         if first.shape != after.shape or first.dtype != after.dtype:

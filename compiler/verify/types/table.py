@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import blocks, collectives, contractions, creation, indexing, pointwise, ranges, reductions, views
+from . import blocks, chains, collectives, contractions, creation, indexing, pointwise, ranges, reductions, views
 from .integers import is_integer_function
 
 Rule = Callable[..., Any]
@@ -178,6 +178,8 @@ COLLECTIVES: Mapping[Any, Rule] = {
     **_ops("broadcast", collectives.broadcast, c10d),
 }
 
+CHAINS: Mapping[Any, Rule] = {chains.CHAIN: chains.chain, chains.RESUME: chains.resume}
+
 RULES: Mapping[Any, Rule] = {
     **POINTWISE,
     **VIEWS,
@@ -186,6 +188,7 @@ RULES: Mapping[Any, Rule] = {
     **LOOKUPS,
     **CREATION,
     **COLLECTIVES,
+    **CHAINS,
 }
 
 ALWAYS = frozenset({*CREATION, *COLLECTIVES, aten.div, aten.mul, aten.expand, aten.slice, aten.narrow})

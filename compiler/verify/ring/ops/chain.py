@@ -16,6 +16,7 @@ import torch
 from .....runtime.fixedpoint.body import Body, read_body
 from .....runtime.fixedpoint.how import read_how
 from .....runtime.fixedpoint.op import chain_op
+from .....runtime.fixedpoint.resume import resume_op
 from .....runtime.mesh import Mesh
 from .....runtime.ops import overload_of
 from .....runtime.templates import Site, fold
@@ -35,6 +36,14 @@ def chain(alg: Algebra, init: Values, shared: Values, streams: Values, count: in
     last = rows[-1][: len(init)]
     emitted = zip(*[row[len(init) :] for row in rows], strict=True)
     return [*last, *[_apply(alg, aten.stack.default, list(column)) for column in emitted]]
+
+
+def resume(
+    alg: Algebra, init: Values, shared: Values, streams: Values, known: Values, count: int, body: str, how: str, sweep: int
+) -> list[Value]:
+    """``hocket::resume``: the same loop; what is known of it changes only what it costs."""
+    del known, sweep
+    return chain(alg, init, shared, streams, count, body, how)
 
 
 def _loop(step: _Step, init: Values, slices: list[list[Value]]) -> list[list[Value]]:
@@ -94,8 +103,8 @@ def _apply(alg: Algebra, op: Any, *args: Value, **kwargs: Value) -> Any:
 
 
 def is_chain(op: torch._ops.OpOverload) -> bool:
-    """Whether an op is a chain, whose meaning is asked for even where no floating point value enters it."""
-    return op.namespace == "hocket" and op is chain_op()
+    """Whether an op is a chain or resumes one, whose meaning is asked for even where no floating point value enters it."""
+    return op.namespace == "hocket" and op in (chain_op(), resume_op())
 
 
-CHAIN: Mapping[Any, Callable[..., Any]] = {chain_op().overloadpacket: chain}
+CHAIN: Mapping[Any, Callable[..., Any]] = {chain_op().overloadpacket: chain, resume_op().overloadpacket: resume}
