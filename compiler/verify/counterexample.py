@@ -31,6 +31,7 @@ from .ring.lemmas import Prover
 from .ring.tables import PRIMES
 from .ring.value import RingTensor
 from .samples import sample_inputs
+from .templates import Templates, lines_of
 
 FACTORS = (-1, 2, 3, 4, 8, 16)
 """Multiples that a value counted too often, or shared out once too much, is off by."""
@@ -76,7 +77,8 @@ class Counterexample:
 def counterexample(original: Program, transformed: Program, *, seed: int = 0) -> Counterexample | None:
     """The first value that differs, for two programs of one rank that are known to differ; None where no node claims such a one."""
     try:
-        prover = Prover(original, transformed)
+        templates = Templates()
+        prover = Prover(lines_of(original, templates), lines_of(transformed, templates))
         prover.run()
         found = next(_refuted(prover, original, transformed, seed), None)
     except HocketError:
@@ -92,9 +94,9 @@ def _refuted(prover: Prover, original: Program, transformed: Program, seed: int)
     given = {
         number: algebra.lift(table.constants[number])
         if number in table.constants and table.constants[number].is_floating_point()
-        else table.constants.get(number, inputs.get(call.args[0]) if call.args else None)
+        else table.constants.get(number, None if call.role is None else inputs.get(call.role))
         for number, call in enumerate(table.calls)
-        if call.target is None
+        if call.template is None
     }
     for cones in prover.refuted:
         shared = list(dict.fromkeys((*cones.roots, *cones.left, *cones.leaves)))

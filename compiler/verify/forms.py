@@ -32,7 +32,7 @@ class TensorForm(NamedTuple):
 
 
 Form = Any
-"""TensorForm | tuple of Forms | int | float | bool | str | None; UNKNOWN where it cannot be told without running the program."""
+"""TensorForm | tuple of Forms | int | frozen float or bool | str | None; UNKNOWN where only running the program can tell."""
 
 
 class _Unknown:
@@ -44,12 +44,16 @@ UNKNOWN = _Unknown()
 
 
 def form_of(value: Any) -> Form:
-    """The form of a tensor, or of a nest of them."""
+    """The form of a tensor, or of a nest of them; other values stand for themselves, apart from each other."""
     if isinstance(value, torch.Tensor):
-        return TensorForm(tuple(int(n) for n in value.shape), value.dtype)
+        return TensorForm(tuple([int(n) for n in value.shape]), value.dtype)
     if isinstance(value, (list, tuple)):
-        return tuple(form_of(item) for item in value)
-    return value
+        return tuple([form_of(item) for item in value])
+    return freeze(value, _no_node) if type(value) in (float, bool) else value
+
+
+def _no_node(node: Any) -> Any:
+    raise AssertionError(f"{node} has no form of its own")
 
 
 def propagate_forms(graph: fx.Graph, inputs: Sequence[Form]) -> bool:
@@ -76,7 +80,7 @@ def meta_value(form: Form) -> Any:
     """A value of this form that holds nothing: a meta tensor, or a nest of them."""
     if type(form) is TensorForm:
         return torch.empty(form.shape, dtype=form.dtype, device="meta")
-    return tuple(map(meta_value, form)) if type(form) is tuple else form
+    return tuple(map(meta_value, form)) if type(form) is tuple else _thaw(form) if type(form) is _Number else form
 
 
 class _Number(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..forms import Form, TensorForm, freeze
+from ...program import Role
+from ..forms import Form, TensorForm
+from ..templates import Template
 from .value import Value
 
 aten = torch.ops.aten
@@ -24,86 +25,42 @@ class Ref(int):
 
 @dataclass(slots=True)
 class Call:
-    """One value. target: the op, or None for an input, whose role is then ``args[0]``; node: one node that makes it."""
+    """One value. template: what is called, None for an input; operands: numbers of the values that it takes; node: one node that
+    makes it; role: of an input."""
 
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    template: Template | None
+    operands: tuple[int, ...]
     node: fx.Node
+    role: Role | None = None
 
-    def uses(self) -> list[int]:
-        """Numbers of its arguments, in order of appearance, repeats kept."""
-        found: list[int] = []
-        _collect(self.args, found)
-        _collect(tuple(self.kwargs.values()), found)
-        return found
+    @property
+    def target(self) -> Any:
+        """The op; None for an input."""
+        return None if self.template is None else self.template.target
 
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments, with a Ref for every operand; the role of an input."""
+        return (self.role,) if self.template is None else self._filled()[0]
 
-def with_numbers(argument: Any, numbers: Mapping[fx.Node, int]) -> Any:
-    """An argument with numbers in place of nodes."""
-    if isinstance(argument, fx.Node):
-        return Ref(numbers[argument])
-    kind = type(argument)
-    if kind is int:
-        return argument
-    if isinstance(argument, tuple):
-        return tuple([with_numbers(item, numbers) for item in argument])
-    if isinstance(argument, list):
-        return [with_numbers(item, numbers) for item in argument]
-    if isinstance(argument, dict):
-        return {name: with_numbers(item, numbers) for name, item in argument.items()}
-    if isinstance(argument, slice):
-        return slice(*[with_numbers(item, numbers) for item in (argument.start, argument.stop, argument.step)])
-    return argument
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments, likewise."""
+        return {} if self.template is None else self._filled()[1]
 
+    def _filled(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self.template is not None
+        return self.template.filled([Ref(number) for number in self.operands])
 
-def filled(argument: Any, values: Mapping[int, Value]) -> Any:
-    """An argument with values in place of their numbers."""
-    kind = type(argument)
-    if kind is Ref:
-        return values[argument]
-    if kind is tuple:
-        return tuple([filled(item, values) for item in argument])
-    if kind is list or isinstance(argument, (list, tuple)):
-        return [filled(item, values) for item in argument]
-    if kind is dict:
-        return {name: filled(item, values) for name, item in argument.items()}
-    return argument
+    def filled(self, values: Mapping[int, Value]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All arguments, with values in place of their numbers."""
+        assert self.template is not None
+        return self.template.filled([values[number] for number in self.operands])
 
 
-def _collect(argument: Any, found: list[int]) -> None:
-    kind = type(argument)
-    if kind is Ref:
-        found.append(int(argument))
-    elif isinstance(argument, (list, tuple)):
-        for item in argument:
-            _collect(item, found)
-    elif kind is dict:
-        for item in argument.values():
-            _collect(item, found)
-    elif kind is slice:
-        _collect((argument.start, argument.stop, argument.step), found)
-
-
-def draws(call: Call) -> bool:
-    """Whether two calls with the same arguments may differ. Attention without dropout draws nothing."""
-    if torch.Tag.nondeterministic_seeded not in getattr(call.target, "tags", ()):
-        return False
-    for place, argument in enumerate(call.target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = call.args[place] if place < len(call.args) else call.kwargs.get("dropout_p", argument.default_value)
-            return type(given) is not float or given != 0.0
-    return True
-
-
-@functools.cache
-def defaults_of(target: torch._ops.OpOverload) -> dict[str, Any]:
-    """What an op takes for an argument that is not given, frozen."""
-    return {one.name: freeze(one.default_value, int) for one in target._schema.arguments if one.has_default_value()}
-
-
-def order_of(target: Any, args: tuple[Any, ...], ndim: int) -> list[int]:
+def order_of(template: Template, ndim: int) -> list[int]:
     """The permutation that a transposing op makes of a value of this rank."""
+    target, args = template.target, template.args
     if target is aten.permute.default:
         return [dim % ndim for dim in args[1]]
     first, second = (0, 1) if target is aten.t.default else (args[1] % ndim, args[2] % ndim)
@@ -112,18 +69,19 @@ def order_of(target: Any, args: tuple[Any, ...], ndim: int) -> list[int]:
     return order
 
 
-def range_of(call: Call, source: Form) -> tuple[int, int, int, int] | None:
+def range_of(template: Template, source: Form) -> tuple[int, int, int, int] | None:
     """(dim, start, end, step) of a slice, within the tensor; None where it is not given in plain integers."""
-    dim, start, end, step = (*call.args[1:], *(0, None, None, 1)[len(call.args) - 1 :])[:4]
+    given = template.args[1:]
+    dim, start, end, step = (*given, *(0, None, None, 1)[len(given) :])[:4]
     if (
-        call.kwargs
+        template.kwargs
         or type(source) is not TensorForm
         or not source.shape
-        or any(type(n) not in (int, type(None)) for n in call.args[1:])
+        or any(type(n) not in (int, type(None)) for n in given)
     ):
         return None
     size = source.shape[dim]
-    if call.target is aten.narrow.default:
+    if template.target is aten.narrow.default:
         start += size * (start < 0)
         return dim % len(source.shape), start, start + end, 1
     start, end, _ = slice(start, end).indices(size)

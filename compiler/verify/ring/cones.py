@@ -7,7 +7,6 @@ mask may have made -inf; and where a mask may have made a value exactly 0, only 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,12 @@ import torch
 import torch.fx as fx
 
 from ...program import NOTE, Note, Program, Role, RoleKind, Signature, graph_module, note
-from ..forms import TensorForm, freeze, meta_value
+from ..forms import TensorForm, meta_value
+from ..templates import Template
 from .algebra import MINUS_INFINITY
 from .calls import Ref
 from .numbering import Numbering
+from .ops.chain import is_chain
 
 aten = torch.ops.aten
 
@@ -27,6 +28,9 @@ MAX_CONE = 64
 
 MAX_ELEMENTS = 1 << 18
 """Of all values of a lemma: beyond, it is left to smaller sizes."""
+
+MAX_STEPS = 64
+"""Of a chain in a lemma, whose loop is evaluated in full: longer ones are left to smaller sizes, where they are as true."""
 
 _CLEAN, _ZERO, _INFINITE = range(3)
 
@@ -63,6 +67,7 @@ class Cutter:
     boundary: int
     marks: list[int] = field(default_factory=list)
     drawn: list[bool] = field(default_factory=list)
+    masked: dict[Template, bool] = field(default_factory=dict)
 
     def cut(self, claim: int, number: int, behind: int) -> Cones | None:
         """Both sides over the nearest shared values; None where they are too large, or nothing may be arbitrary."""
@@ -74,6 +79,8 @@ class Cutter:
             return None
         forms = [self.table.form(n) for n in (*left, *right, *leaves)]
         if sum(math.prod(form.shape) for form in forms if type(form) is TensorForm) > MAX_ELEMENTS:
+            return None
+        if max(map(self._steps, (*left, *right)), default=0) > MAX_STEPS:
             return None
         if any(self.marks[leaf] is _ZERO for leaf in leaves) and not all(map(self._is_polynomial, (*left, *right))):
             return None
@@ -116,6 +123,13 @@ class Cutter:
         form = self.table.form(number)
         return type(form) is TensorForm and form.is_float and self.drawn[number] and self.marks[number] != _INFINITE
 
+    def _steps(self, number: int) -> int:
+        """Steps of a chain; 0 for any other call."""
+        template = self.table.calls[number].template
+        if template is None or getattr(template.target, "namespace", "") != "hocket" or not is_chain(template.target):
+            return 0
+        return max(arg for arg in template.args if type(arg) is int)
+
     def _is_polynomial(self, number: int) -> bool:
         call = self.table.calls[number]
         return call.target is None or getattr(call.target, "overloadpacket", None) in POLYNOMIAL
@@ -130,11 +144,17 @@ class Cutter:
             if number in table.constants:
                 value = table.constants[number]
                 mark = _INFINITE if value.is_floating_point() and bool((value < MINUS_INFINITY).any()) else _CLEAN
-            elif _has_mask_value((call.args, tuple(call.kwargs.values()))):
+            elif call.template is not None and self._is_masked(call.template):
                 mark = _INFINITE
             elif mark == _INFINITE and getattr(call.target, "overloadpacket", None) in _ENDS_INFINITY:
                 mark = _ZERO
             self.marks.append(mark)
+
+    def _is_masked(self, template: Template) -> bool:
+        known = self.masked.get(template)
+        if known is None:
+            known = self.masked[template] = _has_mask_value((template.args, tuple(template.kwargs.values())))
+        return known
 
     def key(self, cones: Cones) -> Any:
         """Lemmas with equal keys are the same lemma: names of values do not matter, forms of the leaves do."""
@@ -146,9 +166,8 @@ class Cutter:
                 call = self.table.calls[number]
                 if number not in places:
                     places[number] = (Ref, len(places))
-                constant = number if call.target is None else None
-                args = freeze((call.args, call.kwargs), places.__getitem__, Ref) if call.target is not None else ()
-                side.append((places[number], call.target, constant, args))
+                what: Any = number if call.template is None else call.template
+                side.append((places[number], what, tuple([places[operand] for operand in call.operands])))
             sides.append(tuple(side))
         return (*sides, *(places[root] for root in cones.roots))
 
@@ -184,7 +203,8 @@ class _Side:
         for number in self.calls:
             if number not in made:
                 call = self.table.calls[number]
-                args, kwargs = _with_nodes(call.args, made), _with_nodes(dict(call.kwargs), made)
+                assert call.template is not None
+                args, kwargs = call.template.filled([made[operand] for operand in call.operands])
                 made[number] = self._noted(graph.create_node("call_function", call.target, args, kwargs, f"v{number}"), number)
         graph.output((made[self.root],))
         signature = Signature(tuple(roles), (Role(RoleKind.OUTPUT, "value"),))
@@ -194,16 +214,6 @@ class _Side:
         node.meta["val"] = meta_value(self.table.form(number))
         node.meta[NOTE] = Note(source=note(self.table.calls[number].node).source)
         return node
-
-
-def _with_nodes(argument: Any, made: Mapping[int, fx.Node]) -> Any:
-    if type(argument) is Ref:
-        return made[argument]
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(_with_nodes(item, made) for item in argument)
-    if isinstance(argument, dict):
-        return {name: _with_nodes(item, made) for name, item in argument.items()}
-    return argument
 
 
 def _has_mask_value(argument: Any) -> bool:

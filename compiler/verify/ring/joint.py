@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.fx as fx
-
 from ...program import Program, Role
+from ..templates import Line, Lines, Place, lines_of
 from .algebra import Algebra
 from .numbering import Numbering
 from .value import Value
@@ -16,19 +15,20 @@ from .value import Value
 
 @dataclass(frozen=True)
 class Outputs:
-    """numbers: of the output roles that are values; literals: the others (None where a gradient does not exist); nodes: of all."""
+    """numbers: of the output roles that are values; literals: the others (None where a gradient does not exist); lines: numbers of
+    all lines."""
 
-    nodes: Mapping[fx.Node, int]
+    lines: list[int]
     numbers: Mapping[Role, int]
     literals: Mapping[Role, Any]
 
     @staticmethod
-    def of(program: Program, table: Numbering) -> Outputs:
-        """Enter a program."""
-        numbers = table.enter(program)
-        pairs = list(zip(program.signature.outputs, program.results, strict=True))
-        values = {role: numbers[node] for role, node in pairs if node is not None and node in numbers}
-        return Outputs(numbers, values, {role: node for role, node in pairs if role not in values})
+    def of(program: Lines, table: Numbering, settled: Callable[[Line, int], int] | None = None) -> Outputs:
+        """Enter a program, as ``Numbering.enter_lines`` does."""
+        lines = table.enter_lines(program, settled)
+        pairs = list(zip(program.program.signature.outputs, program.results, strict=True))
+        values = {role: lines[place] for role, place in pairs if type(place) is Place}
+        return Outputs(lines, values, {role: found for role, found in pairs if role not in values})
 
     def read(self, values: Mapping[int, Value]) -> dict[Role, Value]:
         """The value of every role."""
@@ -40,9 +40,9 @@ class Joint:
 
     def __init__(self, original: Program, transformed: Program) -> None:
         self.table = Numbering()
-        self.left = Outputs.of(original, self.table)
+        self.left = Outputs.of(lines_of(original, self.table.templates), self.table)
         self.boundary = len(self.table.calls)
-        self.right = Outputs.of(transformed, self.table)
+        self.right = Outputs.of(lines_of(transformed, self.table.templates), self.table)
 
     def open(self) -> list[Role]:
         """Output roles that only an evaluation can judge."""
@@ -56,8 +56,8 @@ class Joint:
             if number in self.table.constants:
                 value = self.table.constants[number]
                 given[number] = algebra.lift(value) if value.is_floating_point() else value
-            elif call.target is None:
-                given[number] = inputs[call.args[0]]
+            elif call.role is not None:
+                given[number] = inputs[call.role]
         wanted = [*self.left.numbers.values(), *self.right.numbers.values()]
         values, poison = self.table.evaluate(wanted, given, algebra, after=self.boundary)
         return self.left.read(values), self.right.read(values), poison

@@ -15,11 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.fx as fx
-
 from ...errors import InputError
 from ...program import Program, Role, RoleKind, note
 from ..forms import TensorForm
+from ..templates import Line, Lines, Templates, lines_of
 from .compare import compare
 from .cones import Cones, Cutter
 from .joint import Outputs
@@ -66,8 +65,14 @@ def congruence(original: Program, transformed: Program) -> Congruence:
 
     Raises HocketError where they cannot be put side by side: inputs of other roles or forms, a constant without a value.
     """
-    given = set(original.signature.inputs)
-    for role in transformed.signature.inputs:
+    templates = Templates()
+    return congruence_of_lines(lines_of(original, templates), lines_of(transformed, templates))
+
+
+def congruence_of_lines(original: Lines, transformed: Lines) -> Congruence:
+    """The same for programs as lists, both of one table of templates."""
+    given = set(original.program.signature.inputs)
+    for role in transformed.program.signature.inputs:
         if role not in given and role.kind is not RoleKind.CONSTANT:
             raise InputError(f"the transformed program has an input {role} that the original does not have")
     return Prover(original, transformed).run()
@@ -76,12 +81,13 @@ def congruence(original: Program, transformed: Program) -> Congruence:
 class Prover:
     """One attempt. refuted: the lemmas that did not hold, in the order of the transformed program."""
 
-    def __init__(self, original: Program, transformed: Program) -> None:
+    def __init__(self, original: Lines, transformed: Lines) -> None:
         self.transformed = transformed
-        self.table = Numbering()
+        self.table = Numbering(templates=original.templates)
         self.before = Outputs.of(original, self.table)
         self.cutter = Cutter(self.table, len(self.table.calls))
-        self.claims = {node.name: number for node, number in self.before.nodes.items()}
+        lines = zip(original.lines, self.before.lines, strict=True)
+        self.claims = {line.node.name: number for line, number in lines if line.is_whole}
         self.known: dict[Any, Bound | None] = {}
         self.refuted: list[Cones] = []
         self.used: set[str] = set()
@@ -89,21 +95,13 @@ class Prover:
 
     def run(self) -> Congruence:
         """Walk through the transformed program."""
-        numbers: dict[fx.Node, int] = {}
-        roles = iter(self.transformed.signature.inputs)
-        for node in self.transformed.graph.graph.nodes:
-            if node.op == "placeholder":
-                numbers[node] = self.table.input(node, next(roles), self.transformed)
-            elif node.op != "output":
-                numbers[node] = self._settled(node, self.table.number(node, numbers))
-        left = {**self.before.literals, **self.before.numbers}
-        results = zip(self.transformed.signature.outputs, self.transformed.results, strict=True)
-        right = {role: node if node is None else numbers.get(node, node) for role, node in results}
-        needed = self.table.needed(n for n in (*left.values(), *right.values()) if isinstance(n, int))
+        after = Outputs.of(self.transformed, self.table, self._settled)
+        left, right = ({**one.literals, **one.numbers} for one in (self.before, after))
+        needed = self.table.needed((*self.before.numbers.values(), *after.numbers.values()))
         proven = [bound for bound in self.known.values() if bound is not None]
         return Congruence(
             open=tuple(role for role in {**left, **right} if left.get(role, ...) != right.get(role, ...)),
-            values=sum(node.op == "call_function" for node in numbers),
+            values=sum(line.template is not None for line in self.transformed.lines),
             lemmas=len(proven),
             uses=self.uses,
             bound=_union(proven),
@@ -111,10 +109,13 @@ class Prover:
             unsupported=self.table.without_meaning(needed),
         )
 
-    def _settled(self, node: fx.Node, number: int) -> int:
+    def _settled(self, line: Line, number: int) -> int:
         """The original's number where the note claims it and a lemma shows it."""
-        claim = self.claims.get(note(node).carries or note(node).origin)
-        if claim is None or claim == number or number < self.cutter.boundary:
+        if number < self.cutter.boundary or not line.is_whole:
+            return number
+        known = note(line.node)
+        claim = self.claims.get(known.carries or known.origin)
+        if claim is None or claim == number:
             return number
         form = self.table.form(number)
         if type(form) is not TensorForm or not form.is_float or form != self.table.form(claim):

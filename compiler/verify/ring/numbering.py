@@ -10,7 +10,7 @@ an evaluation; what is left is evaluated once for all programs (value numbering:
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch.fx as fx
 
 from ...errors import HocketError, InputError, UnsupportedError, VerificationError
 from ...program import Program, Role, RoleKind, note
-from ..forms import DEVICE_ARGUMENTS, UNKNOWN, Form, TensorForm, form_of, freeze, infer
+from ..forms import UNKNOWN, Form, TensorForm, form_of
+from ..templates import Hole, Line, Lines, Template, Templates, lines_of
 from .algebra import Algebra
-from .calls import Call, Ref, defaults_of, draws, filled, order_of, range_of, with_numbers
+from .calls import Call, Ref, order_of, range_of
 from .evaluate import apply
 from .table import supported
 from .value import Value
@@ -46,13 +47,13 @@ KERNEL_ERRORS = (RuntimeError, IndexError, ValueError, TypeError, AttributeError
 
 @dataclass
 class Numbering:
-    """The table. calls: in an order in which arguments come first; constants: number -> value."""
+    """The table. calls: in an order in which arguments come first; constants: number -> value; templates: of all that enters."""
 
     calls: list[Call] = field(default_factory=list)
     constants: dict[int, torch.Tensor] = field(default_factory=dict)
+    templates: Templates = field(default_factory=Templates)
     _numbers: dict[Any, int] = field(default_factory=dict)
     _forms: list[Form] = field(default_factory=list)
-    _uses: list[list[int] | None] = field(default_factory=list)
 
     # ---- entering ----------------------------------------------------------------------------------------------------------
 
@@ -60,20 +61,29 @@ class Numbering:
         """Number all nodes of a logical program."""
         if program.mesh is not None:
             raise HocketError(f"values are numbered for programs of one rank; found one lowered to mesh {program.mesh}")
-        numbers: dict[fx.Node, int] = {}
-        roles = iter(program.signature.inputs)
-        for node in program.graph.graph.nodes:
-            if node.op == "placeholder":
-                numbers[node] = self.input(node, next(roles), program)
-            elif node.op != "output":
-                numbers[node] = self.number(node, numbers)
+        lines = lines_of(program, self.templates)
+        return {line.node: number for line, number in zip(lines.lines, self.enter_lines(lines), strict=True)}
+
+    def enter_lines(self, program: Lines, settled: Callable[[Line, int], int] | None = None) -> list[int]:
+        """Numbers of all lines of a program made with this table's templates. settled: may give a call another number that is
+        known to be of the same value."""
+        assert program.templates is self.templates
+        numbers: list[int] = []
+        roles = iter(program.program.signature.inputs)
+        for line in program.lines:
+            template = line.template
+            if template is None:
+                numbers.append(self.input(line.node, next(roles), program.program, line.form))
+            else:
+                number = self.call(template, tuple([numbers[place] for place in line.operands]), line.node)
+                numbers.append(number if settled is None else settled(line, number))
         return numbers
 
-    def input(self, node: fx.Node, role: Role, program: Program) -> int:
-        """The number of an input: by role and form; a constant by its value."""
+    def input(self, node: fx.Node, role: Role, program: Program, form: Form = None) -> int:
+        """The number of an input: by role and form; a constant by its value. form: where it is not that of the node's value."""
         if role.kind is not RoleKind.CONSTANT:
-            form = form_of(node.meta.get("val"))
-            number = self._entered(("input", role), Call(None, (role,), {}, node), form)
+            form = form_of(node.meta.get("val")) if form is None else form
+            number = self._entered(("input", role), Call(None, (), node, role), form)
             if self._forms[number] != form:
                 raise InputError(f"{role} is {self._forms[number]} in one program and {form} in the other")
             return number
@@ -83,56 +93,38 @@ class Numbering:
         for number, known in self.constants.items():
             if known is value or (known.dtype == value.dtype and known.shape == value.shape and torch.equal(known, value)):
                 return number
-        number = self._entered(("constant", len(self.constants)), Call(None, (role,), {}, node), form_of(value))
+        number = self._entered(("constant", len(self.constants)), Call(None, (), node, role), form_of(value))
         self.constants[number] = value
         return number
 
     def number(self, node: fx.Node, numbers: Mapping[fx.Node, int]) -> int:
-        """The number of a call, whose arguments have theirs."""
-        if node.op != "call_function":
-            raise UnsupportedError(f"a program is flat; found a {node.op} node {node.name}")
-        target = node.target
-        args = with_numbers(node.args, numbers)
-        kwargs = {name: with_numbers(arg, numbers) for name, arg in node.kwargs.items() if name not in DEVICE_ARGUMENTS}
-        if kwargs and isinstance(target, torch._ops.OpOverload):
-            usual = defaults_of(target)
-            kwargs = {name: arg for name, arg in kwargs.items() if name not in usual or freeze(arg, _as_number, Ref) != usual[name]}
-        call = Call(target, args, kwargs, node)
-        key: Any = (target, freeze(args, _as_number, Ref), freeze(kwargs, _as_number, Ref))
-        if draws(call):
-            key = (node, key)
-        try:
-            known = self._numbers.get(key)
-        except TypeError:  # an argument without a hash: nothing is known to be the same
-            known, key = None, object()
+        """The number of a node, whose arguments have theirs."""
+        template, operands = self.templates.of(node.target, node.args, node.kwargs)
+        return self.call(template, tuple([numbers[operand] for operand in operands]), node)
+
+    def call(self, template: Template, operands: tuple[int, ...], node: fx.Node) -> int:
+        """The number of a call. node: one that makes it."""
+        key = (template, operands, node) if template.draws else (template, operands)
+        known = self._numbers.get(key)
         if known is None:
-            known = self._numbers[key] = self._simplified(key, call)
+            known = self._numbers[key] = self._simplified(key, template, operands, node)
         return known
 
-    def _simplified(self, key: Any, call: Call) -> int:
+    def _simplified(self, key: Any, template: Template, operands: tuple[int, ...], node: fx.Node) -> int:
         """The number of a call that nobody has made in this form."""
-        target, args, node = call.target, call.args, call.node
-        form = self._form(call)
-        if type(form) is TensorForm and args and type(args[0]) is Ref:
-            if target in UNCHANGED and self._forms[args[0]] == form:
-                return int(args[0])
+        target = template.target
+        form = template.form(tuple([self._forms[number] for number in operands]))
+        if type(form) is TensorForm and operands and type(template.args[0]) is Hole:
+            source = operands[0]
+            if target in UNCHANGED and self._forms[source] == form:
+                return source
             if target in RESHAPES:
-                return self._reshaped(args[0], form, node)
+                return self._reshaped(source, form, node)
             if target in PERMUTES and len(form.shape) > 1:
-                return self._permuted(args[0], order_of(target, args, len(form.shape)), form, node)
+                return self._permuted(source, order_of(template, len(form.shape)), form, node)
             if target in SLICES:
-                return self._sliced(key, call, form)
-        return self._entered((key,), call, form)
-
-    def _form(self, call: Call) -> Form:
-        def of(number: int) -> Form:
-            return self._forms[number]
-
-        if call.target is operator.getitem:
-            source = self._forms[call.args[0]]
-            return source[call.args[1]] if type(source) is tuple else UNKNOWN
-        args, kwargs = freeze(call.args, of, Ref), freeze(call.kwargs, of, Ref)
-        return infer(call.target, args, kwargs)
+                return self._sliced(key, template, source, form, node)
+        return self._entered((key,), Call(template, operands, node), form)
 
     def _entered(self, key: Any, call: Call, form: Form) -> int:
         found = self._numbers.get(key)
@@ -140,39 +132,42 @@ class Numbering:
             found = self._numbers[key] = len(self.calls)
             self.calls.append(call)
             self._forms.append(form)
-            self._uses.append(None)
         return found
+
+    def _simple(self, form: TensorForm, node: fx.Node, target: Any, source: int, *rest: Any) -> int:
+        """The number of ``target(source, *rest)``, which is simple already."""
+        template, operands = self.templates.of(target, (Ref(source), *rest), {}, Ref)
+        return self._entered((template, operands, "simple"), Call(template, (source,), node), form)
 
     def _reshaped(self, source: int, form: TensorForm, node: fx.Node) -> int:
         call = self.calls[source]
         if call.target is aten.reshape.default:
-            source = call.args[0]
+            source = call.operands[0]
         if self._forms[source] == form:
-            return int(source)
-        key = (aten.reshape.default, source, form.shape)
-        return self._entered(key, Call(aten.reshape.default, (Ref(source), list(form.shape)), {}, node), form)
+            return source
+        return self._simple(form, node, aten.reshape.default, source, list(form.shape))
 
     def _permuted(self, source: int, order: list[int], form: TensorForm, node: fx.Node) -> int:
         call = self.calls[source]
         if call.target is aten.permute.default:
-            source, order = call.args[0], [call.args[1][dim] for dim in order]
+            assert call.template is not None
+            source, order = call.operands[0], [call.template.args[1][dim] for dim in order]
         if order == sorted(order):
-            return int(source)
+            return source
         shape = self._forms[source].shape
         moved = [dim for dim in order if shape[dim] != 1]
         if moved == sorted(moved):  # what moves has size 1
             return self._reshaped(source, form, node)
-        key = (aten.permute.default, source, tuple(order))
-        return self._entered(key, Call(aten.permute.default, (Ref(source), order), {}, node), form)
+        return self._simple(form, node, aten.permute.default, source, order)
 
-    def _sliced(self, key: Any, call: Call, form: TensorForm) -> int:
+    def _sliced(self, key: Any, template: Template, source: int, form: TensorForm, node: fx.Node) -> int:
         """A slice by the range it takes, whatever it is written as; all of it is the value itself."""
-        source, bounds = call.args[0], range_of(call, self._forms[call.args[0]])
+        bounds = range_of(template, self._forms[source])
         if bounds is None:
-            return self._entered((key,), call, form)
+            return self._entered((key,), Call(template, (source,), node), form)
         if self._forms[source] == form:
-            return int(source)
-        return self._entered((aten.slice.Tensor, source, bounds), Call(aten.slice.Tensor, (source, *bounds), {}, call.node), form)
+            return source
+        return self._simple(form, node, aten.slice.Tensor, source, *bounds)
 
     # ---- looking -----------------------------------------------------------------------------------------------------------
 
@@ -180,12 +175,9 @@ class Numbering:
         """Shape and dtype of a value."""
         return self._forms[number]
 
-    def uses(self, number: int) -> list[int]:
+    def uses(self, number: int) -> tuple[int, ...]:
         """Numbers of the arguments of a call."""
-        found = self._uses[number]
-        if found is None:
-            found = self._uses[number] = self.calls[number].uses()
-        return found
+        return self.calls[number].operands
 
     def without_meaning(self, numbers: Iterable[int]) -> str:
         """The first op among these calls that takes or makes floats and has no entry in the op table, with its line; or ""."""
@@ -245,10 +237,11 @@ class Numbering:
         return sorted(found)
 
     def _call(self, call: Call, algebra: Algebra, values: Mapping[int, Value]) -> Value:
-        if call.target is None:
-            raise HocketError(f"no value was given for input {call.args[0]}")
+        if call.template is None:
+            raise HocketError(f"no value was given for input {call.role}")
         try:
-            return apply(algebra, call.target, filled(call.args, values), filled(call.kwargs, values))
+            args, kwargs = call.filled(values)
+            return apply(algebra, call.target, args, kwargs)
         except UnsupportedError as error:
             raise UnsupportedError(f"{error} [{_where(call.node)}]") from error
         except KERNEL_ERRORS as error:
@@ -264,7 +257,3 @@ def _has_floats(form: Form) -> bool:
     if type(form) is tuple:
         return any(map(_has_floats, form))
     return form is UNKNOWN or (type(form) is TensorForm and form.is_float)
-
-
-def _as_number(number: int) -> tuple[type[Ref], int]:
-    return (Ref, int(number))
