@@ -3,18 +3,20 @@
     part F   forward                      reads activations from the stage before, sends activations to the stage after
     part I   backward, input gradients    reads gradients from the stage after, sends gradients to the stage before
     part W   backward, weight gradients   in pieces 0, 1, ...; reads and sends nothing, so it may run at any time after I
-    part O   optimizer                    once a step, on the accumulated gradients
+    part S   what others need of it      once a step, from the accumulated gradients: squares of norms, say; sent to every stage
+    part O   optimizer                    once a step, on the accumulated gradients and on what all S have sent
 
 Every part is an ordinary ``Program``; what its inputs and outputs are is said by their roles:
 
     inputs   PARAM, BUFFER, STATE, CONSTANT   tensors the stage holds
              INPUT, SEED                      of the micro-batch, by the names of the program that was cut
              VALUE                            by name, from the values this stage holds for this micro-batch
-             GRADIENT                         (part O only) the accumulated gradient of the parameter of that name
-    outputs  VALUE                            joins the values this stage holds for this micro-batch
+             GRADIENT                         (parts S and O) the accumulated gradient of the parameter of that name
+    outputs  VALUE                            joins the values this stage holds for this micro-batch (part S: for this step)
              OUTPUT                           a result of the micro-batch
              UPDATE                           new value of a BUFFER (part F, micro-batches in order), of a PARAM or STATE (part O)
              GRADIENT                         to be added to the accumulated gradient of that parameter, micro-batches in order
+                                              (part O: the gradient itself, made from what was accumulated: summed over replicas)
 
 So a stage keeps, for every micro-batch, one dictionary from names to tensors. A message is an ordered tuple of names; after a
 receive they are in the dictionary, a send takes them from it. A value that skips a stage is carried along: it stands in the message
@@ -40,7 +42,12 @@ class PartKind(enum.StrEnum):
     FORWARD = "F"
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
+    SHARE = "S"
     OPTIMIZER = "O"
+
+
+ONCE = frozenset({PartKind.SHARE, PartKind.OPTIMIZER})
+"""Parts that run once a step rather than for every micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +123,15 @@ class StageProgram:
     values: Mapping[str, Value] | None = None
 
     def of(self, kind: PartKind) -> tuple[StagePart, ...]:
-        """The parts of one kind: one F, at most one I and O, any number of W."""
+        """The parts of one kind: one F, at most one I, S and O, any number of W."""
         return tuple(part for part in self.parts if part.kind is kind)
 
     def held_after(self, kind: PartKind) -> tuple[Value, ...]:
         """Values that stay in the dictionary of a micro-batch once the last part of that kind has run and its message is out."""
         alive: dict[str, None] = {value.name: None for value in self.receives}
         for part in self.parts:
+            if part.kind in ONCE:
+                continue
             if part.kind is PartKind.BACKWARD_INPUT:
                 alive.update((value.name, None) for value in self.receives_back)
             alive.update(dict.fromkeys(part.gives))
@@ -138,12 +147,13 @@ class StageProgram:
 class TiedGroup:
     """A parameter that several stages read.
 
-    Each stage accumulates its own contributions; once a step they are added, the last stage's first, and part O of ``stages[0]``
-    updates the parameter.
+    Each stage accumulates its own contributions; once a step they are added, the last stage's first, and part O of the first of
+    them updates the parameter. stages: that read it or contribute to its gradient; givers: those that contribute.
     """
 
     parameter: str
     stages: tuple[int, ...]
+    givers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,43 +12,53 @@ import torch
 import torch.fx as fx
 
 from ..compiler.errors import InputError
-from ..compiler.program import Phase, Program, Role, RoleKind, ancestors, annotate, note
+from ..compiler.program import Phase, Program, Role, RoleKind, ancestors, annotate, note, tensor_inputs
 from ..compiler.stages import PartKind
 from .backward_split_choice import base_of
-from .backward_split_costs import is_alias
 from .backward_split_normal import is_backward
-from .pipeline_parts import Draft, groups_of
+from .pipeline_finish import draft_finish, optimizer_nodes, updated_parameter
+from .pipeline_parts import Draft, groups_of, is_inlined
 from .pipeline_place import Placement, kind_of
 
 _BY = "pipeline"
 
 
 def gradients_of(program: Program) -> dict[str, fx.Node]:
-    """Name of a parameter or input -> the node of its gradient. The optimizer's uses of it are replaced by an input of role
-    GRADIENT.
+    """Name of a parameter or input -> the node of its gradient, as it is accumulated over micro-batches. What the optimizer's phase
+    makes of it (its sum over replicas, the update) reads an input of role GRADIENT instead.
 
-    Raises InputError for an optimizer that needs several gradients for one parameter.
+    Raises InputError for an optimizer that needs several gradients for one parameter, unless the program also returns its
+    gradients: from their names it is known which is which.
     """
     found = {
-        role.name: node
+        role.name: _accumulated(node)
         for role, node in zip(program.signature.outputs, program.results, strict=True)
         if role.kind is RoleKind.GRADIENT and node is not None
     }
-    parameters = program.signature.inputs_of(RoleKind.PARAM)
+    known = set(found.values())
     for role, node in zip(program.signature.outputs, program.results, strict=True):
         if role.kind is not RoleKind.UPDATE or node is None or note(node).phase is not Phase.OPTIMIZER:
             continue
-        name = role.name if role.name in parameters else role.name.partition(":")[2]
-        inside = optimizer_nodes(node)
-        read = {source for one in inside for source in one.all_input_nodes if is_backward(source)}
+        read = {source for one in optimizer_nodes(node) for source in one.all_input_nodes if is_backward(source)} - known
         if len(read) > 1:
             raise InputError(
                 f"the update of {role.name} reads {len(read)} gradients; in a pipeline a parameter is updated from its own alone"
             )
         for source in read:
-            _detach(program, name, source, inside)
-            found.setdefault(name, source)
+            found.setdefault(updated_parameter(program, role), source)
+    for name, source in found.items():
+        readers = [user for user in source.users if user.op == "call_function" and note(user).phase is Phase.OPTIMIZER]
+        if readers:
+            _detach(program, name, source, readers)
     return found
+
+
+def _accumulated(gradient: fx.Node) -> fx.Node:
+    """What one micro-batch contributes to a gradient: without the steps of the optimizer's phase behind it."""
+    node = gradient
+    while node.op == "call_function" and note(node).phase is Phase.OPTIMIZER:
+        node = tensor_inputs(node)[0]
+    return node
 
 
 def _detach(program: Program, name: str, gradient: fx.Node, readers: Iterable[fx.Node]) -> None:
@@ -59,20 +69,6 @@ def _detach(program: Program, name: str, gradient: fx.Node, readers: Iterable[fx
     annotate(given, role=Role(RoleKind.GRADIENT, name), phase=Phase.OPTIMIZER)
     for reader in readers:
         reader.replace_input_with(gradient, given)
-
-
-def optimizer_nodes(node: fx.Node) -> list[fx.Node]:
-    """The calls of the optimizer that a value depends on, inputs first."""
-    found: dict[fx.Node, None] = {}
-
-    def visit(one: fx.Node) -> None:
-        if one not in found and one.op == "call_function" and note(one).phase is Phase.OPTIMIZER:
-            for source in one.all_input_nodes:
-                visit(source)
-            found[one] = None
-
-    visit(node)
-    return list(found)
 
 
 def draft_parts(program: Program, placement: Placement, gradients: Mapping[str, fx.Node], pieces: Mapping[str, int]) -> list[Draft]:
@@ -94,8 +90,9 @@ def draft_parts(program: Program, placement: Placement, gradients: Mapping[str, 
             draft = _draft_of(base_of(node), drafts, stage + 1, PartKind.BACKWARD_INPUT)
             draft.results[Role(RoleKind.GRADIENT, name)] = node
     _complete(drafts, placement.count, has_backward=bool(gradients))
-    _optimizer(program, drafts, given)
-    return sorted(drafts.values(), key=lambda draft: (draft.stage, "FIWO".index(draft.kind), draft.piece))
+    owners = {name: min(by_stage) for name, by_stage in given.items()}
+    finishing = draft_finish(program, owners)
+    return sorted([*drafts.values(), *finishing], key=lambda draft: (draft.stage, "FIWSO".index(draft.kind), draft.piece))
 
 
 Drafts = dict[tuple[int, PartKind, int], Draft]
@@ -167,10 +164,10 @@ class _Copies:
 
     def local(self, node: fx.Node, stage: int, phase: Phase) -> fx.Node:
         """The value of a node at a stage: the node itself unless it is portable and belongs to another stage."""
-        if node.op == "placeholder" or not (is_alias(node) or node in self.portable) or self.stages.get(node) == stage:
+        if node.op == "placeholder" or not (is_inlined(node) or node in self.portable) or self.stages.get(node) == stage:
             return node
         if (node, stage) not in self.made:
-            self.made[node, stage] = self._view(node, stage, phase) if is_alias(node) else self._call(node, stage, phase)
+            self.made[node, stage] = self._view(node, stage, phase) if is_inlined(node) else self._call(node, stage, phase)
         return self.made[node, stage]
 
     def _view(self, node: fx.Node, stage: int, phase: Phase) -> fx.Node:
@@ -232,16 +229,3 @@ def _complete(drafts: Drafts, count: int, *, has_backward: bool) -> None:
     for stage in range(count):
         for kind in (PartKind.FORWARD, PartKind.BACKWARD_INPUT) if has_backward else (PartKind.FORWARD,):
             drafts.setdefault((stage, kind, 0), Draft(kind, stage))
-
-
-def _optimizer(program: Program, drafts: Drafts, given: Mapping[str, Mapping[int, fx.Node]]) -> None:
-    """Part O of each stage: the updates of the parameters whose gradient it makes first."""
-    parameters = program.signature.inputs_of(RoleKind.PARAM)
-    for role, node in zip(program.signature.outputs, program.results, strict=True):
-        if role.kind is not RoleKind.UPDATE or node is None or note(base_of(node)).phase is not Phase.OPTIMIZER:
-            continue
-        name = role.name if role.name in parameters else role.name.partition(":")[2]
-        stage = min(given.get(name, {0: node}))
-        draft = drafts.setdefault((stage, PartKind.OPTIMIZER, 0), Draft(PartKind.OPTIMIZER, stage))
-        draft.nodes += [one for one in optimizer_nodes(node) if one not in draft.nodes and not is_alias(one)]
-        draft.results[role] = node

@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 
 from ..compiler.program import NOTE, Phase, Program, Role, RoleKind, annotate, check_program, graph_module, note
-from ..compiler.stages import PartKind, Pipeline, StagePart
+from ..compiler.stages import ONCE, PartKind, Pipeline, StagePart
 
 HELD = frozenset({RoleKind.VALUE, RoleKind.GRADIENT})
 """Kinds of a part's inputs that are no inputs of the step."""
@@ -20,6 +20,7 @@ def in_order(pipeline: Pipeline) -> list[StagePart]:
     parts = [part for stage in pipeline.stages for part in stage.of(PartKind.FORWARD)]
     parts += [part for stage in last_first for part in stage.of(PartKind.BACKWARD_INPUT)]
     parts += [part for stage in last_first for part in stage.of(PartKind.BACKWARD_WEIGHT)]
+    parts += [part for stage in pipeline.stages for part in stage.of(PartKind.SHARE)]
     return parts + [part for stage in pipeline.stages for part in stage.of(PartKind.OPTIMIZER)]
 
 
@@ -34,6 +35,7 @@ class _Join:
         self.graph = fx.Graph()
         self.inputs: dict[Role, fx.Node] = {}
         self.values: dict[str, fx.Node] = {}
+        self.sums: dict[Role, fx.Node] = {}
         self.results: dict[Role, fx.Node] = {}
 
     def run(self) -> Program:
@@ -42,7 +44,8 @@ class _Join:
             self.inputs[role] = self.graph.node_copy(node)
         for part in in_order(self.pipeline):
             self._inline(part)
-        self.graph.output(tuple(self.results.get(role) for role in original.signature.outputs))
+        found = {**self.sums, **self.results}
+        self.graph.output(tuple(found.get(role) for role in original.signature.outputs))
         joined = original.replace(graph=graph_module(self.graph))
         check_program(joined)
         return joined
@@ -58,15 +61,15 @@ class _Join:
             assert result is not None, "a part gives only what exists"
             if role.kind is RoleKind.VALUE:
                 self.values[role.name] = made[result]
-            elif role.kind is RoleKind.GRADIENT and role in self.results:
-                self.results[role] = self._sum(self.results[role], made[result])
+            elif role.kind is RoleKind.GRADIENT and part.kind not in ONCE:
+                self.sums[role] = self._sum(self.sums[role], made[result]) if role in self.sums else made[result]
             else:
                 self.results[role] = made[result]
 
     def _input(self, role: Role) -> fx.Node:
         if role.kind is RoleKind.VALUE:
             return self.values[role.name]
-        return self.results[role] if role.kind is RoleKind.GRADIENT else self.inputs[role]
+        return self.sums[role] if role.kind is RoleKind.GRADIENT else self.inputs[role]
 
     def _sum(self, one: fx.Node, other: fx.Node) -> fx.Node:
         """The gradients of two stages added: the reduction of a tied group."""

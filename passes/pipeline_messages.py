@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from ..compiler.errors import HocketError
 from ..compiler.program import Program, Role, RoleKind, note
-from ..compiler.stages import PartKind, Pipeline, StagePart, StageProgram, TiedGroup, Value
+from ..compiler.stages import ONCE, PartKind, Pipeline, StagePart, StageProgram, TiedGroup, Value
 from .pipeline_parts import Draft, build, value_of
 
 
@@ -67,7 +67,7 @@ def _goes_on(maker: Draft, readers: Iterable[Draft], edge: int) -> bool:
 
 def _goes_back(maker: Draft, readers: Iterable[Draft], edge: int) -> bool:
     """Whether a value is in the message from stage ``edge + 1`` back to ``edge``."""
-    return maker.stage > edge and any(reader.stage <= edge for reader in readers)
+    return maker.kind not in ONCE and maker.stage > edge and any(reader.stage <= edge for reader in readers)
 
 
 def _stage(stage: int, parts: tuple[StagePart, ...], messages: list[tuple[Value, ...]], known: dict[str, Value]) -> StageProgram:
@@ -76,22 +76,22 @@ def _stage(stage: int, parts: tuple[StagePart, ...], messages: list[tuple[Value,
     place = {PartKind.FORWARD: 0, PartKind.BACKWARD_INPUT: 1}
     times = [place.get(part.kind, 2 + part.piece) for part in parts]
     for part, when in zip(parts, times, strict=True):
+        if part.kind in ONCE:
+            continue
         for name in (*part.takes, *part.gives):
             last[name] = max(when, last.get(name, 0))
     for when, message in ((0, receives), (0, sends), (1, receives_back), (1, sends_back)):
         for value in message:
             last[value.name] = max(when, last.get(value.name, 0))
     done = tuple(
-        part
-        if part.kind is PartKind.OPTIMIZER
-        else dataclasses.replace(part, drops=tuple(name for name, end in last.items() if end == when))
+        part if part.kind in ONCE else dataclasses.replace(part, drops=tuple(name for name, end in last.items() if end == when))
         for part, when in zip(parts, times, strict=True)
     )
     parameters = {
         role.name
         for part in parts
         for role in part.program.signature.inputs
-        if role.kind is RoleKind.PARAM and part.kind is not PartKind.OPTIMIZER
+        if role.kind is RoleKind.PARAM and part.kind not in ONCE
     }
     held = {name: known[name] for name in last}
     return StageProgram(stage, done, receives, sends, receives_back, sends_back, tuple(sorted(parameters)), held)
@@ -100,9 +100,16 @@ def _stage(stage: int, parts: tuple[StagePart, ...], messages: list[tuple[Value,
 def _tied(parts: Iterable[StagePart]) -> tuple[TiedGroup, ...]:
     """Parameters that several stages read, or to whose gradient several contribute."""
     where: dict[str, set[int]] = {}
+    givers: dict[str, set[int]] = {}
     for part in parts:
-        if part.kind is not PartKind.OPTIMIZER:
+        if part.kind not in ONCE:
             read = [role.name for role in part.program.signature.inputs if role.kind is RoleKind.PARAM]
             for name in (*read, *part.gradients):
                 where.setdefault(name, set()).add(part.stage)
-    return tuple(TiedGroup(name, tuple(sorted(stages))) for name, stages in where.items() if len(stages) > 1)
+            for name in part.gradients:
+                givers.setdefault(name, set()).add(part.stage)
+    return tuple(
+        TiedGroup(name, tuple(sorted(stages)), tuple(sorted(givers.get(name, ()))))
+        for name, stages in where.items()
+        if len(stages) > 1
+    )

@@ -14,6 +14,11 @@ from ..compiler.stages import PartKind, StagePart, Value
 from .backward_split_costs import is_alias, work_of
 
 
+def is_inlined(node: fx.Node) -> bool:
+    """Whether every part that reads a node makes it anew: views, and the integers that tell ranks of a lowered program apart."""
+    return is_alias(node) or (node.op == "call_function" and isinstance(node.meta.get("val"), int))
+
+
 @dataclass
 class Draft:
     """A part in the making. nodes: what it computes, in order; results: what it gives, by role."""
@@ -35,7 +40,7 @@ class Draft:
             if node in own or node in seen:
                 continue
             seen.add(node)
-            if is_alias(node):
+            if is_inlined(node):
                 stack.extend(reversed(node.all_input_nodes))
             else:
                 found[node] = None
@@ -84,7 +89,7 @@ def build(draft: Draft, program: Program, role_of: Callable[[fx.Node], Role]) ->
 
     def copied(node: fx.Node) -> fx.Node:
         if node not in made:
-            assert is_alias(node), f"{node.name} is read before it is made"
+            assert is_inlined(node), f"{node.name} is read before it is made"
             made[node] = graph.node_copy(node, copied)
         return made[node]
 

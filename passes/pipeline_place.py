@@ -24,6 +24,7 @@ from ..compiler.program import Phase, Program, RoleKind, annotate, note
 from ..compiler.stages import PartKind
 from .backward_split_choice import base_of, is_heavy
 from .backward_split_costs import is_alias
+from .pipeline_parts import is_inlined
 
 KINDS = {
     Phase.FORWARD: PartKind.FORWARD,
@@ -56,7 +57,7 @@ def place(program: Program, forward: Mapping[str, int], gradients: Mapping[str, 
     portable = portable_nodes(program)
     stages: dict[fx.Node, int] = {}
     for node in program.nodes:
-        if node.op != "call_function" or is_alias(node) or node in portable or note(node).phase is not Phase.FORWARD:
+        if node.op != "call_function" or is_inlined(node) or node in portable or note(node).phase is not Phase.FORWARD:
             continue
         before = [stages[base] for base in _bases(node) if base in stages]
         earliest = max(before, default=0)
@@ -112,7 +113,7 @@ def _place_backward(
         if (
             node.op != "call_function"
             or node in stages
-            or is_alias(node)
+            or is_inlined(node)
             or node in portable
             or note(node).phase is Phase.OPTIMIZER
         ):

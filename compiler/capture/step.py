@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ...runtime.collector import without_collector
 from ..errors import InputError
-from ..program import Note, Phase, Program, Role, RoleKind, annotate, check_program, note
+from ..program import Note, Phase, Program, Role, RoleKind, annotate, check_program, note, output_node
+from .clip import trace_clip
 from .flatten import identifier, lazy_module
 from .front import Example
 from .optimizer import Update, check_optimizer, grouped, trace_update
@@ -28,6 +29,7 @@ def capture_step(
     *,
     loss: Callable[[Any], torch.Tensor] | None = None,
     sizes: Mapping[str, Sequence[str | None]] | None = None,
+    clip_norm: float | None = None,
 ) -> Program:
     """Trace a whole training step into one flat functional graph.
 
@@ -35,6 +37,7 @@ def capture_step(
     (no tangents) and STATE: the optimizer's tensors by name (``exp_avg:layers.0.weight``, ``step:layers.0.weight``) and every
     group's learning rate (``lr:0``); ``initial_state`` gives their values. Outputs: ``loss``, then UPDATE for changed buffers,
     parameters and optimizer tensors. Parameters without a gradient are left alone, as in torch; other settings are baked in.
+    clip_norm: gradients whose norm over all parameters is larger are scaled down to it before the update.
     Raises InputError, CaptureError, and UnsupportedError for optimizers that couple parameters.
     """
     if not isinstance(model, nn.Module):
@@ -42,7 +45,7 @@ def capture_step(
     check_optimizer(model, optimizer)
     example = Example.of(model, args, dict(kwargs or {}))
     program = example.capture(Aim(train=True, loss_of=lambda result: scalar_loss(result, loss)), sizes)
-    return _with_updates(program, model, optimizer)
+    return with_updates(program, model, optimizer, clip_norm=clip_norm)
 
 
 def scalar_loss(result: Any, loss: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
@@ -63,8 +66,13 @@ def scalar_loss(result: Any, loss: Callable[[Any], torch.Tensor] | None) -> torc
     return found
 
 
-def _with_updates(program: Program, model: nn.Module, optimizer: Optimizer) -> Program:
-    """The program with the optimizer's graph behind every gradient."""
+def with_updates(
+    program: Program, model: nn.Module, optimizer: Optimizer, *, clip_norm: float | None = None, keep_gradients: bool = False
+) -> Program:
+    """The program with the optimizer's graph behind every gradient.
+
+    clip_norm: see ``capture_step``; keep_gradients: whether the gradients, as they are before they are clipped, stay outputs.
+    """
     signature = program.signature
     gradients = {
         role.name: value
@@ -81,20 +89,24 @@ def _with_updates(program: Program, model: nn.Module, optimizer: Optimizer) -> P
         if form not in traced:
             traced[form] = trace_update(optimizer, index, parameter, value)
         plan.append((name, index, traced[form]))
-    return _Assembly(program, type(optimizer).__name__).build(plan, gradients)
+    kept = {RoleKind.OUTPUT, RoleKind.UPDATE} | ({RoleKind.GRADIENT} if keep_gradients else set())
+    return _Assembly(program, type(optimizer).__name__, frozenset(kept)).build(plan, gradients, clip_norm)
 
 
 class _Assembly:
-    """Builds the graph of the whole step from the joint graph and the updates."""
+    """Builds the graph of the whole step from the joint graph and the updates. kept: kinds of outputs that stay."""
 
-    def __init__(self, program: Program, optimizer: str) -> None:
+    def __init__(self, program: Program, optimizer: str, kept: frozenset[RoleKind]) -> None:
         self.program = program
+        self.kept = kept
         self.source = f"{optimizer}.step"
         self.graph = fx.Graph()
         self.inputs: dict[Role, fx.Node] = {}
         self.mapping: dict[fx.Node, fx.Node] = {}
 
-    def build(self, plan: list[tuple[str, int, Update]], gradients: Mapping[str, fx.Node]) -> Program:
+    def build(
+        self, plan: list[tuple[str, int, Update]], gradients: Mapping[str, fx.Node], clip_norm: float | None = None
+    ) -> Program:
         """plan: (parameter, its group, its update), in the optimizer's order."""
         self._placeholders(plan)
         for old in self.program.nodes:
@@ -103,10 +115,13 @@ class _Assembly:
         outputs = [
             (role, self.mapping[value])
             for role, value in zip(self.program.signature.outputs, self.program.results, strict=True)
-            if role.kind in (RoleKind.OUTPUT, RoleKind.UPDATE) and value is not None
+            if role.kind in self.kept and value is not None
         ]
+        used = {name: self.mapping[gradients[name]] for name, _, _ in plan}
+        if clip_norm is not None and used:
+            used = self._clipped(used, clip_norm)
         for name, index, update in plan:
-            outputs += self._inline(name, index, update, self.mapping[gradients[name]])
+            outputs += self._inline(name, index, update, used[name])
         self.graph.output(tuple(value for _, value in outputs))
         signature = self.program.signature
         place = {role: i for i, role in enumerate(self.inputs)}
@@ -115,6 +130,20 @@ class _Assembly:
         program = self.program.replace(graph=lazy_module(self.graph), signature=type(signature)(**{**vars(signature), **changes}))
         check_program(program)
         return program
+
+    def _clipped(self, gradients: Mapping[str, fx.Node], clip_norm: float) -> dict[str, fx.Node]:
+        """The gradients scaled to a norm of at most ``clip_norm``, all by one factor."""
+        flat = trace_clip([node.meta["val"] for node in gradients.values()], clip_norm)
+        given = iter(gradients.values())
+        mapping: dict[fx.Node, fx.Node] = {}
+        for old in flat.graph.nodes:
+            if old.op == "placeholder":
+                mapping[old] = next(given)
+            elif old.op == "call_function":
+                mapping[old] = node = self.graph.node_copy(old, mapping.__getitem__)
+                node.meta["hocket"] = Note(phase=Phase.OPTIMIZER, source="clip_norm", origin=node.name)
+        scaled = cast("tuple[fx.Node, ...]", output_node(flat.graph).args[0])
+        return {name: mapping[value] for name, value in zip(gradients, scaled, strict=True)}
 
     def _placeholders(self, plan: list[tuple[str, int, Update]]) -> None:
         states: dict[Role, torch.Tensor] = {}

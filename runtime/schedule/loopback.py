@@ -9,7 +9,8 @@ import torch
 from ..errors import RunError
 from .instruction import Schedule
 from .links import LocalLink
-from .run import PipelineRank, Reduce
+from .run import PipelineRank, Reduce, Stage
+from .sharing import Sharing
 from .stage import StageState
 
 
@@ -19,7 +20,13 @@ class LoopbackPipeline:
     ``step`` gives the outputs of every micro-batch; gradients and held tensors are read from the states.
     """
 
-    def __init__(self, schedule: Schedule, states: Sequence[StageState], reduce: Reduce | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        states: Sequence[Stage],
+        reduce: Reduce | None = None,
+        sharing: Sharing | None = None,
+    ) -> None:
         mailbox: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.schedule = schedule
         self.states = tuple(states)
@@ -30,6 +37,7 @@ class LoopbackPipeline:
                 {stage: states[stage] for stage in schedule.stages_of(rank)},
                 LocalLink(rank, mailbox),
                 reduce=reduce,
+                sharing=sharing,
             )
             for rank in range(len(schedule.ranks))
         ]
@@ -68,6 +76,7 @@ class LoopbackPipeline:
         """Sums of the last step, by parameter; contributions of several stages to one are added, the last stage's first."""
         found: dict[str, torch.Tensor] = {}
         for state in reversed(self.states):
+            assert isinstance(state, StageState), "the members of a group have pieces of gradients"
             for name in state.filled:
                 mine = state.gradients[name]
                 found[name] = found[name] + mine if name in found else mine

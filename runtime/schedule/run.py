@@ -7,6 +7,7 @@ place, where the link knows that it is not there yet. Their order among themselv
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +17,16 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InputError, RankFailed, RunError
+from .group import StageGroup
 from .instruction import Flow, Instr, Op, Schedule, Value, makes, moved, reads
 from .links import Link
+from .sharing import Sharing
 from .stage import Part, StageState, ValueSpec
 
-Reduce = Callable[[StageState], None]
+Stage = StageState | StageGroup
+"""A stage on this rank, or on all ranks of a process."""
+
+Reduce = Callable[[Stage], None]
 """Adds up what a stage shares with others (tied parameters, replicas), before the optimizer."""
 
 
@@ -37,16 +43,17 @@ class Stamp(NamedTuple):
 class PipelineRank:
     """One rank of a pipeline.
 
-    states: stage -> its state; link: its messages; eager_weights: run W while waiting; reduce: what REDUCE does;
-    stamps: set it to a list to record every instruction.
+    states: stage -> its state; link: its messages; eager_weights: run W while waiting; reduce, sharing: what REDUCE does, for one
+    stage, and for all stages of a row of REDUCE; stamps: set it to a list to record every instruction.
     """
 
     schedule: Schedule
     rank: int
-    states: Mapping[int, StageState]
+    states: Mapping[int, Stage]
     link: Link
     eager_weights: bool = True
     reduce: Reduce | None = None
+    sharing: Sharing | None = None
     stamps: list[Stamp] | None = None
     _loop: _Loop = field(init=False, repr=False)
 
@@ -89,7 +96,7 @@ class PipelineRank:
         self.link.finish()
 
 
-def _check_pieces(schedule: Schedule, state: StageState) -> None:
+def _check_pieces(schedule: Schedule, state: Stage) -> None:
     code, wanted = state.code, schedule.pieces[state.code.stage]
     if schedule.training and wanted != max(1, len(code.weights)):
         raise InputError(
@@ -128,11 +135,25 @@ class _Loop:
                     self._fill(tag, waiting, ahead, started)
                 yield tag
                 self._take(instr, tag)
-            elif instr.op is Op.W:
+            if instr.op is Op.REDUCE and self.rank.sharing is not None:
+                row = list(itertools.takewhile(lambda other: other.op is Op.REDUCE, self.instructions[position:]))
+                ahead.update(range(position, position + len(row)))
+                yield from self._share({other.stage for other in row}, ready)
+                continue
+            if instr.op is Op.W:
                 waiting.remove(position)
             self._guarded(instr, ready)
             if instr.op is Op.I:
                 started.add((instr.stage, instr.micro_batch))
+
+    def _share(self, stages: set[int], ready: float) -> Iterator[int]:
+        """A row of REDUCE: these stages and all others of the pipeline tell each other what their optimizers need."""
+        rank, start = self.rank, time.perf_counter()
+        assert rank.sharing is not None, "only a pipeline that shares something comes here"
+        states = {stage: rank.states[stage] for stage in sorted(stages)}
+        yield from rank.sharing.run(rank.schedule, rank.rank, states, rank.link)
+        if rank.stamps is not None:
+            rank.stamps.append(Stamp(Instr(Op.REDUCE, min(stages)), ready, start, time.perf_counter()))
 
     def _fill(self, tag: int, waiting: deque[int], ahead: set[int], started: set[tuple[int, int]]) -> None:
         """Weight gradients of inputs gradients that are done, one after the other, until the value is there."""
@@ -149,7 +170,8 @@ class _Loop:
 
     def _take(self, instr: Instr, tag: int) -> None:
         state = self.rank.states[instr.stage]
-        specs = state.code.receives if instr.op is Op.F else state.code.receives_back
+        code = state.at(instr.micro_batch)
+        specs = code.receives if instr.op is Op.F else code.receives_back
         state.receive(instr.micro_batch, specs, self.rank.link.take(tag))
 
     def _guarded(self, instr: Instr, ready: float) -> None:
@@ -169,20 +191,20 @@ class _Loop:
         match instr.op:
             case Op.F:
                 self._forward(state, m)
-                self._after(instr, state, state.code.forward)
+                self._after(instr, state, state.at(m).forward)
             case Op.I | Op.B:
                 self._backward(instr, state)
             case Op.W if state.code.weights:
-                self._weight(state, state.code.weights[instr.piece], m, instr.piece)
+                self._weight(state, state.at(m).weights[instr.piece], m, instr.piece)
             case Op.SEND | Op.COPY:
                 self._move(instr)
             case Op.RECV:
-                specs = state.code.receives if instr.flow is Flow.ACTIVATION else state.code.receives_back
+                specs = state.at(m).receives if instr.flow is Flow.ACTIVATION else state.at(m).receives_back
                 self.rank.link.post(instr.tag, instr.peer, specs)
             case _:
                 self._weights_and_sums(instr, state)
 
-    def _weights_and_sums(self, instr: Instr, state: StageState) -> None:
+    def _weights_and_sums(self, instr: Instr, state: Stage) -> None:
         match instr.op:
             case Op.R:
                 state.recompute(instr.micro_batch)
@@ -199,32 +221,33 @@ class _Loop:
             case _:
                 pass  # W of a stage whose weights are frozen, REDUCE where nothing is shared
 
-    def _forward(self, state: StageState, m: int) -> None:
+    def _forward(self, state: Stage, m: int) -> None:
         if (state.code.stage, m) in self.recomputed:
             state.forward_for_later(m)
         else:
-            state.run(state.code.forward, m)
+            state.run(state.at(m).forward, m)
 
-    def _backward(self, instr: Instr, state: StageState) -> None:
+    def _backward(self, instr: Instr, state: Stage) -> None:
         """A first stage may have nothing but weight gradients: then I does nothing, and B only those."""
-        if state.code.backward is not None:
-            state.run(state.code.backward, instr.micro_batch)
-            self._after(instr, state, state.code.backward)
+        code = state.at(instr.micro_batch)
+        if code.backward is not None:
+            state.run(code.backward, instr.micro_batch)
+            self._after(instr, state, code.backward)
         if instr.op is Op.B:
-            for piece, part in enumerate(state.code.weights):
+            for piece, part in enumerate(code.weights):
                 self._weight(state, part, instr.micro_batch, piece)
 
-    def _weight(self, state: StageState, part: Part, m: int, piece: int) -> None:
+    def _weight(self, state: Stage, part: Part, m: int, piece: int) -> None:
         state.run(part, m, piece if state.code.stage in self.added_later else None)
         state.drop(part, m)
 
-    def _after(self, instr: Instr, state: StageState, part: Part) -> None:
+    def _after(self, instr: Instr, state: Stage, part: Part) -> None:
         """Put the message aside until its SEND or COPY, and forget what is not needed any more."""
         m, made = instr.micro_batch, makes(instr, self.rank.schedule.stages)
         if made is not None:
-            specs = state.code.sends if made.flow is Flow.ACTIVATION else state.code.sends_back
+            specs = state.at(m).sends if made.flow is Flow.ACTIVATION else state.at(m).sends_back
             self.outbox[made] = state.message(m, specs)
-        if part is state.code.forward and (state.code.stage, m) in self.recomputed:
+        if part is state.at(m).forward and (state.code.stage, m) in self.recomputed:
             state.forget_forward(m)
         else:
             state.drop(part, m)
@@ -235,8 +258,8 @@ class _Loop:
         forward = value.flow is Flow.ACTIVATION
         tensors = self.outbox.pop(value)
         if instr.op is Op.SEND:
-            specs: Sequence[ValueSpec] = maker.code.sends if forward else maker.code.sends_back
+            specs: Sequence[ValueSpec] = maker.at(m).sends if forward else maker.at(m).sends_back
             self.rank.link.send(instr.tag, instr.peer, specs, tensors)
         else:
             reader = self.rank.states[value.reader]
-            reader.receive(m, reader.code.receives if forward else reader.code.receives_back, tensors)
+            reader.receive(m, reader.at(m).receives if forward else reader.at(m).receives_back, tensors)

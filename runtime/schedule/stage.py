@@ -19,6 +19,9 @@ import torch
 
 from ..errors import InputError, RunError
 
+ONCE = -1
+"""Stands for a micro-batch where values belong to the whole step: those that part S makes and part O reads."""
+
 HELD = frozenset(("param", "buffer", "state", "constant"))
 """Kinds of ports that read tensors the stage holds."""
 
@@ -80,17 +83,24 @@ class Part:
 
 @dataclass(frozen=True)
 class StageCode:
-    """What a rank needs to run a stage. weights: the pieces of W; receives_back, sends_back: gradients, from and to where."""
+    """What a rank needs to run a stage. weights: the pieces of W; share, optimizer: run once a step; receives_back, sends_back:
+    gradients, from and to where."""
 
     stage: int
     forward: Part
     backward: Part | None = None
     weights: tuple[Part, ...] = ()
+    share: Part | None = None
     optimizer: Part | None = None
     receives: tuple[ValueSpec, ...] = ()
     sends: tuple[ValueSpec, ...] = ()
     receives_back: tuple[ValueSpec, ...] = ()
     sends_back: tuple[ValueSpec, ...] = ()
+
+
+def named(part: Part, results: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The results of a part that are there, by name."""
+    return {port.name: result for port, result in zip(part.outputs, results, strict=True) if result is not None}
 
 
 @dataclass
@@ -99,7 +109,9 @@ class StageState:
 
     held: port -> tensor; gradients: parameter -> accumulator (kept from step to step, so that its memory is); values, outputs: per
     micro-batch; kept: per micro-batch, the weights that it must see where they are not the newest; before: per micro-batch, the
-    buffers as its forward saw them, where that forward is run again; waiting: per (micro-batch, piece), gradients not added yet.
+    buffers as its forward saw them, where that forward is run again; waiting: per (micro-batch, piece), gradients not added yet;
+    filled: accumulators with a sum; finished: gradients that part O has made of the sums; variants: micro-batches of another size
+    -> their code.
     """
 
     code: StageCode
@@ -112,6 +124,12 @@ class StageState:
     before: dict[int, dict[Port, torch.Tensor]] = field(default_factory=dict)
     waiting: dict[tuple[int, int], list[tuple[str, tuple[torch.Tensor, ...]]]] = field(default_factory=dict)
     filled: set[str] = field(default_factory=set)
+    finished: dict[str, torch.Tensor] = field(default_factory=dict)
+    variants: Mapping[int, StageCode] = field(default_factory=dict)
+
+    def at(self, micro_batch: int) -> StageCode:
+        """The code for a micro-batch."""
+        return self.variants.get(micro_batch, self.code)
 
     def begin(self, given: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Forget the last step; accumulators keep their memory, not their sums.
@@ -125,6 +143,7 @@ class StageState:
         self.waiting = {}
         self.given = dict(enumerate(given))
         self.filled = set()
+        self.finished = {}
 
     def receive(self, micro_batch: int, specs: Sequence[ValueSpec], tensors: Sequence[torch.Tensor]) -> None:
         """Take a message into the values of its micro-batch."""
@@ -141,10 +160,14 @@ class StageState:
 
         Raises RunError where a port has nothing behind it.
         """
+        self.take(part, micro_batch, part.run(self.arguments(part, micro_batch)), piece)
+
+    def take(self, part: Part, micro_batch: int, results: Sequence[torch.Tensor | None], piece: int | None = None) -> None:
+        """Put the results of a part where they belong."""
         mine = self.values.setdefault(micro_batch, {})
         found: list[tuple[str, tuple[torch.Tensor, ...]]] = []
         left: torch.Tensor | None = None
-        for port, result in zip(part.outputs, self._results(part, micro_batch), strict=True):
+        for port, result in zip(part.outputs, results, strict=True):
             if result is None:
                 continue
             match port.kind:
@@ -173,23 +196,33 @@ class StageState:
 
     def forward_for_later(self, micro_batch: int) -> None:
         """The forward of a micro-batch that will be run again: what it saw of the buffers is kept for that."""
+        self.keep_buffers(micro_batch)
+        self.run(self.at(micro_batch).forward, micro_batch)
+
+    def keep_buffers(self, micro_batch: int) -> None:
+        """Keep what a forward sees of the buffers."""
         self.before[micro_batch] = {port: tensor for port, tensor in self.held.items() if port.kind == "buffer"}
-        self.run(self.code.forward, micro_batch)
 
     def forget_forward(self, micro_batch: int) -> None:
         """Keep nothing of a forward but what came in."""
-        came_in = {spec.name for spec in self.code.receives}
+        came_in = {spec.name for spec in self.at(micro_batch).receives}
         mine = self.values[micro_batch]
         self.values[micro_batch] = {name: value for name, value in mine.items() if name in came_in}
 
     def recompute(self, micro_batch: int) -> None:
         """Run the forward again, for its values only."""
+        part = self.at(micro_batch).forward
+        self.take_again(micro_batch, part.run(self.arguments(part, micro_batch)))
+
+    def take_again(self, micro_batch: int, results: Sequence[torch.Tensor | None]) -> None:
+        """Put the values of a forward that was run again where they belong."""
         mine = self.values.setdefault(micro_batch, {})
-        for port, result in zip(self.code.forward.outputs, self._results(self.code.forward, micro_batch), strict=True):
+        part = self.at(micro_batch).forward
+        for port, result in zip(part.outputs, results, strict=True):
             if port.kind == "value" and result is not None:
                 mine[port.name] = result
         del self.before[micro_batch]
-        self.drop(self.code.forward, micro_batch)
+        self.drop(part, micro_batch)
 
     def drop(self, part: Part, micro_batch: int) -> None:
         """Forget what nobody needs after the part and its message."""
@@ -205,21 +238,43 @@ class StageState:
         """Forget them."""
         self.kept.pop(micro_batch, None)
 
+    def summands(self, name: str | None = None) -> list[torch.Tensor]:
+        """The accumulator of a parameter, one for each rank that this stands for; without a name as many entries of no meaning."""
+        return [self.gradients[name] if name is not None else torch.empty(0)]
+
+    def share(self) -> list[dict[str, torch.Tensor]]:
+        """Run part S on the gradients gathered so far: what every stage must learn, by name, for each rank that this stands for."""
+        part = self.code.share
+        assert part is not None, "only a stage with a part S shares something"
+        return [named(part, part.run(self.arguments_once(part)))]
+
+    def learn(self, found: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Take what a stage has shared, for part O."""
+        (mine,) = found
+        self.values.setdefault(ONCE, {}).update(mine)
+
     def optimize(self) -> None:
-        """Run the optimizer on the gradients gathered so far; the next one starts a new sum."""
-        if self.code.optimizer is not None:
-            part = self.code.optimizer
-            results = part.run([self._gradient_or_held(port) for port in part.inputs])
-            for port, result in zip(part.outputs, results, strict=True):
-                if result is not None and port.kind == "update":
-                    self._update(port.name, result)
+        """Run part O on the gradients gathered so far; the next one starts a new sum."""
+        part = self.code.optimizer
+        self.finish(() if part is None else part.run(self.arguments_once(part)))
+
+    def finish(self, results: Sequence[torch.Tensor | None]) -> None:
+        """Take what part O gives: new weights and states, and gradients that are more than sums over micro-batches."""
+        outputs = self.code.optimizer.outputs if self.code.optimizer is not None else ()
+        for port, result in zip(outputs, results, strict=True):
+            if result is not None and port.kind == "update":
+                self._update(port.name, result)
+            elif result is not None and port.kind == "gradient":
+                self.finished[port.name] = result
+        self.values.pop(ONCE, None)
         self.filled = set()
 
     def gradient(self, name: str) -> torch.Tensor | None:
         """The sum of a parameter's gradients, None where nothing was added."""
         return self.gradients[name] if name in self.filled else None
 
-    def _results(self, part: Part, micro_batch: int) -> Sequence[torch.Tensor | None]:
+    def arguments(self, part: Part, micro_batch: int) -> list[torch.Tensor]:
+        """What a part reads for a micro-batch. RunError where a port has nothing behind it."""
         mine = self.values.setdefault(micro_batch, {})
         weights = self.kept.get(micro_batch, self.held)
         buffers = self.before.get(micro_batch, self.held)
@@ -235,10 +290,17 @@ class StageState:
             if found is None:
                 raise RunError(f"stage {self.code.stage}, micro-batch {micro_batch}: {kind} {name!r} is not there")
             arguments.append(found)
-        return part.run(arguments)
+        return arguments
 
-    def _gradient_or_held(self, port: Port) -> torch.Tensor:
-        found = self.gradient(port.name) if port.kind == "gradient" else self.held.get(port)
+    def arguments_once(self, part: Part) -> list[torch.Tensor]:
+        """What part S or O reads. RunError where a port has nothing behind it."""
+        return [self._once(port) for port in part.inputs]
+
+    def _once(self, port: Port) -> torch.Tensor:
+        if port.kind == "gradient":
+            found = self.gradient(port.name)
+        else:
+            found = self.values.get(ONCE, {}).get(port.name) if port.kind == "value" else self.held.get(port)
         if found is None:
             raise RunError(f"stage {self.code.stage}: the optimizer reads {port.kind} {port.name!r}, which is not there")
         return found

@@ -68,6 +68,16 @@ def inference(ranks: int, micro_batches: int, sizes: Sequence[float] = ()) -> Sc
     return schedule_of(closed_forms.forwards_only(ranks, micro_batches), range(ranks), micro_batches, name="inference", sizes=sizes)
 
 
+def finishing(schedule: Schedule) -> Schedule:
+    """The schedule with the end of a step: every stage shares what others need of it, then runs its optimizer."""
+    last = schedule.micro_batches - 1
+
+    def ends(rank: int) -> list[Instr]:
+        return [Instr(op, stage, last) for op in (Op.REDUCE, Op.OPT) for stage in schedule.stages_of(rank)]
+
+    return schedule.with_ranks([[*row, *ends(rank)] for rank, row in enumerate(schedule.ranks)])
+
+
 def cut_weights(schedule: Schedule, pieces: Sequence[int]) -> Schedule:
     """Every W of stage s becomes ``pieces[s]`` W in a row. InputError where it has pieces already."""
     if any(count != 1 for count in schedule.pieces):

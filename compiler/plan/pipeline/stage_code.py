@@ -58,6 +58,7 @@ def stage_code(
         forward=forward,
         backward=only(PartKind.BACKWARD_INPUT),
         weights=tuple(code(part) for part in stage.of(PartKind.BACKWARD_WEIGHT)),
+        share=only(PartKind.SHARE),
         optimizer=only(PartKind.OPTIMIZER),
         receives=_specs(stage.receives),
         sends=_specs(stage.sends),
