@@ -2,13 +2,16 @@
 
 On a level of m workers joined at bandwidth B, where a worker is a whole group of the level below,
 
-    T(i..j, m) = ( A_below(i..j) + 4 (m-1) |w| / (m B g) ) / m                   one stage on m replicas that sum their gradients
+    T(i..j, m) = max( A_below(i..j), 4 (m-1) |w| / (m B g) ) / m                 one stage on m replicas that sum their gradients
     A(i..j, m) = min of T(i..j, m) and, over k and m', of
                  max( A(i..k, m-m'), 2 a_k / (B m'), T(k+1..j, m') )             a pipeline: its slowest part counts
 
 with |w| the bytes of weights, a_k the bytes handed on after layer k, g the devices of a worker. The result is the time per
 micro-batch when the pipeline is full and never flushed; for training with a flush the simulator decides instead (``joint``).
-The constants are those of the authors' published optimizer.
+
+Replicas sum the gradients of one layer while they compute those of another, so the slower of the two counts: the papers' maximum
+(arXiv 1806.03377, section 3.2), from which the published partitions follow. The authors' published optimizer adds the two
+(``overlap=False``): it then avoids replicas, and does not find those partitions on its own profiles. Its constants are kept.
 """
 
 from __future__ import annotations
@@ -81,10 +84,18 @@ class _Table:
     best: list[list[list[_Choice]]]
 
 
-def pipedream(layers: Sequence[Layer], levels: Sequence[Level], *, straight: bool = False, transfers: bool = True) -> Partition:
-    """The partition of the best steady rate. levels: the innermost first.
+def pipedream(
+    layers: Sequence[Layer],
+    levels: Sequence[Level],
+    *,
+    straight: bool = False,
+    transfers: bool = True,
+    overlap: bool = True,
+) -> Partition:
+    """The partition of the best steady rate; nothing is cut where that gains nothing. levels: the innermost first.
 
-    straight: do not replicate; transfers: count the time of activations and their gradients between stages. O(levels N^3 M^2).
+    straight: do not replicate; transfers: count the time of activations and their gradients between stages; overlap: replicas sum
+    gradients while they compute. O(levels N^3 M^2).
     InputError without layers, levels, or with fewer layers than devices where nothing may be replicated.
     """
     if not layers or not levels or min(level.workers for level in levels) < 1 or min(level.bandwidth for level in levels) <= 0:
@@ -100,7 +111,7 @@ def pipedream(layers: Sequence[Layer], levels: Sequence[Level], *, straight: boo
     tables: list[_Table] = []
     devices = 1
     for level in levels:
-        table = _solve(_Given(layers, weights, inner, straight, transfers), level, devices)
+        table = _solve(_Given(layers, weights, inner, straight, transfers, overlap), level, devices)
         tables.append(table)
         inner = [[table.best[i][j][level.workers - 1][0] if j >= i else math.inf for j in range(count)] for i in range(count)]
         devices *= level.workers
@@ -114,6 +125,7 @@ class _Given:
     inner: list[list[float]]
     straight: bool
     transfers: bool
+    overlap: bool
 
 
 def _prefix(values: Sequence[float]) -> list[float]:
@@ -128,7 +140,7 @@ def _solve(given: _Given, level: Level, devices: int) -> _Table:
 
     def one_stage(i: int, j: int, m: int) -> float:
         size = given.weights[j + 1] - given.weights[i]
-        return (given.inner[i][j] + 4 * (m - 1) * size / (level.bandwidth * m * devices)) / m
+        return _replicated(given.inner[i][j], size, m, level.bandwidth * devices, overlap=given.overlap)
 
     single = [[[one_stage(i, j, m) for m in range(1, most + 1)] if j >= i else [] for j in range(count)] for i in range(count)]
     best = [[[(math.inf, -1, m) for m in range(1, most + 1)] for _ in range(count)] for _ in range(count)]
@@ -163,14 +175,19 @@ def _stages(tables: Sequence[_Table], level: int, start: int, stop: int, copies:
         stop, workers = split, workers - last
 
 
-def steady_seconds(layers: Sequence[Layer], level: Level, stages: Sequence[ReplicatedStage]) -> float:
+def steady_seconds(layers: Sequence[Layer], level: Level, stages: Sequence[ReplicatedStage], *, overlap: bool = True) -> float:
     """Seconds per micro-batch of given stages on one level of devices: the slowest stage or transfer, as the recurrence counts."""
     slowest = 0.0
     for stage in stages:
         mine = layers[stage.start : stage.stop]
         work, size = sum(layer.seconds for layer in mine), sum(layer.weights for layer in mine)
-        shared = 4 * (stage.replicas - 1) * size / (level.bandwidth * stage.replicas)
-        slowest = max(slowest, (work + shared) / stage.replicas)
+        slowest = max(slowest, _replicated(work, size, stage.replicas, level.bandwidth, overlap=overlap))
         if stage.start:
             slowest = max(slowest, 2 * layers[stage.start - 1].activation / (level.bandwidth * stage.replicas))
     return slowest
+
+
+def _replicated(work: float, weights: float, replicas: int, bandwidth: float, *, overlap: bool) -> float:
+    """Seconds per micro-batch of one stage. work: of one replica; bandwidth: of all its devices."""
+    shared = 4 * (replicas - 1) * weights / (bandwidth * replicas)
+    return (max(work, shared) if overlap else work + shared) / replicas

@@ -28,9 +28,18 @@ def test_vgg16_on_four_devices_is_three_and_one() -> None:
     assert pipedream(profile("vgg16"), [Level(4, ETHERNET)]).configuration == "3-1"
 
 
-def test_resnet50_on_four_machines_of_four_is_eight_four_four() -> None:
-    """As in the configuration published for sixteen devices."""
-    assert pipedream(profile("resnet50"), [Level(4, PCIE), Level(4, ETHERNET)]).configuration == "8-4-4"
+CLUSTERS = {"sixteen devices": [Level(16, ETHERNET)], "four machines of four": [Level(4, PCIE), Level(4, ETHERNET)]}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_resnet50_on_sixteen_devices_is_data_parallel(name: str) -> None:
+    """As in the paper's table 1."""
+    assert pipedream(profile("resnet50"), CLUSTERS[name]).configuration == "data parallel"
+
+
+def test_resnet50_is_eight_four_four_where_sums_are_added_to_the_work() -> None:
+    """As in the configuration published with the authors' optimizer for sixteen devices."""
+    assert pipedream(profile("resnet50"), CLUSTERS["four machines of four"], overlap=False).configuration == "8-4-4"
 
 
 def test_gnmt_on_four_devices_is_straight() -> None:
@@ -39,15 +48,15 @@ def test_gnmt_on_four_devices_is_straight() -> None:
     assert found.in_flight == 4
 
 
-def test_vgg16_s_fifteen_and_one_is_within_two_percent_of_the_best_sixteen() -> None:
-    """All convolutions on fifteen devices, the large classifier on one: published, and nearly optimal for its profile."""
+def test_vgg16_on_sixteen_devices_is_fifteen_and_one() -> None:
+    """All convolutions on fifteen devices, the large classifier on one: the paper's table 1, and the published stage files."""
     layers = profile("vgg16")
     convolutions = next(i for i, layer in enumerate(layers) if layer.weights > 1e8)
-    published = [ReplicatedStage(0, convolutions, 15), ReplicatedStage(convolutions, len(layers), 1)]
-    best = pipedream(layers, [Level(16, ETHERNET)])
-    assert best.seconds <= steady_seconds(layers, Level(16, ETHERNET), published) <= 1.02 * best.seconds
+    found = pipedream(layers, [Level(16, ETHERNET)])
+    assert found.configuration == "15-1"
+    assert abs(found.stages[0].stop - convolutions) <= 1  # a layer without weights may stand on either side
     alone = steady_seconds(layers, Level(16, ETHERNET), [ReplicatedStage(0, len(layers), 16)])
-    assert alone > 2 * best.seconds
+    assert alone > 2 * found.seconds
 
 
 def test_small_models_on_a_fast_network_are_data_parallel() -> None:
@@ -69,16 +78,16 @@ def partitions(layers: int, devices: int) -> list[list[ReplicatedStage]]:
     return found
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("seed", range(12))
-def test_no_partition_of_a_small_chain_is_faster(seed: int) -> None:
+def test_no_partition_of_a_small_chain_is_faster(seed: int, *, overlap: bool) -> None:
     rng = random.Random(seed)
     layers = [Layer(rng.uniform(0.1, 1), rng.choice((0, 1e8, 1e9)), rng.choice((1e6, 1e8))) for _ in range(rng.randint(1, 5))]
     level = Level(rng.randint(1, 4), 1e9)
-    found = pipedream(layers, [level])
-    assert found.seconds == pytest.approx(steady_seconds(layers, level, found.stages))
-    assert found.seconds == pytest.approx(
-        min(steady_seconds(layers, level, stages) for stages in partitions(len(layers), level.workers))
-    )
+    found = pipedream(layers, [level], overlap=overlap)
+    assert found.seconds == pytest.approx(steady_seconds(layers, level, found.stages, overlap=overlap))
+    best = min(steady_seconds(layers, level, stages, overlap=overlap) for stages in partitions(len(layers), level.workers))
+    assert found.seconds == pytest.approx(best)
 
 
 def test_two_levels_use_every_device_once() -> None:
