@@ -29,11 +29,12 @@ from .differential import float_level
 from .lowered import with_whole_inputs
 from .report import LevelResult, Outcome, Status, Verdict, combine
 from .ring.compare import compare
-from .ring.lemmas import Congruence, congruence
+from .ring.lemmas import Congruence, congruence_of_lines
 from .ring.localise import localise
 from .ring.verdict import Bound, RingVerdict
 from .ring.verdict import Status as RingStatus
-from .types import TypeReport, check_types, erase
+from .templates import Lines, Templates, lines_of
+from .types import TypeReport, check_types, erase, erased_lines
 
 VARIABLE = "HOCKET_VERIFY"
 DEFAULT = "ring"
@@ -147,9 +148,18 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
 
 def by_congruence(pair: Pair, typed: Mapping[int, TypeReport]) -> Congruence | None:
     """What shared values and lemmas show of two programs; None where they cannot be put side by side on one rank."""
+    known = [typed[id(one)] for one in pair if id(one) in typed]
+    templates = known[0].templates if known else Templates()
+
+    def lines(program: Program) -> Lines:
+        if program.mesh is None:
+            return lines_of(program, templates)
+        report = typed.get(id(program))
+        fits = report is not None and report.templates is templates
+        return erased_lines(program, report if report is not None and fits else check_types(program, templates=templates))
+
     try:
-        before, after = (one if one.mesh is None else erase(one, typed.get(id(one))) for one in pair)
-        return congruence(before, after)
+        return congruence_of_lines(lines(pair[0]), lines(pair[1]))
     except HocketError:
         return None
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ import torch.fx as fx
 from ....runtime.collector import without_collector
 from ...errors import InputError
 from ...program import Program, note, tensor_leaves
+from ..templates import Template, Templates
 from .arguments import all_whole, arguments, factor_varies, mentions
 from .declared import agree, hints_of
 from .findings import Finding, TypeReport, resolve
 from .integers import evaluate
 from .problem import IllTyped, Moved, Op, Untypable
+from .repeats import Repeats
 from .table import facts_of
 from .value import Axes, Dim, Type
 
@@ -39,25 +42,27 @@ class _Untyped:
 UNTYPED = _Untyped()
 
 
-def check_types(program: Program, original: Program | None = None) -> TypeReport:
-    """Type a lowered program. original: if given, its shapes must be the global ones. Raises InputError for a logical program."""
+def check_types(program: Program, original: Program | None = None, templates: Templates | None = None) -> TypeReport:
+    """Type a lowered program. original: if given, its shapes must be the global ones; templates: of programs that this one is to be
+    compared with. Raises InputError for a logical program."""
     if program.mesh is None:
         raise InputError("expected a program lowered to a mesh, found a logical one; there is nothing to type")
     with without_collector():
-        return resolve(functools.partial(_check, program, original), program)
+        return resolve(functools.partial(_check, program, original, templates or Templates()), program)
 
 
-def _check(program: Program, original: Program | None, flipped: frozenset[fx.Node]) -> TypeReport:
-    checker = _Checker(program, original)
+def _check(program: Program, original: Program | None, templates: Templates, flipped: frozenset[fx.Node]) -> TypeReport:
+    checker = _Checker(program, original, templates)
     for node in program.nodes:
         if node.op != "output":
             checker.node(node, flipped=node in flipped)
     checker.results()
-    return TypeReport(tuple(checker.problems), tuple(checker.untyped), checker.ops, checker.axes, checker.types, checker.typed)
+    problems, untyped = tuple(checker.problems), tuple(checker.untyped)
+    return TypeReport(problems, untyped, checker.ops, checker.axes, checker.types, checker.typed, checker.calls, checker.templates)
 
 
 class _Checker:
-    def __init__(self, program: Program, original: Program | None) -> None:
+    def __init__(self, program: Program, original: Program | None, templates: Templates) -> None:
         assert program.mesh is not None
         self.program = program
         self.axes = Axes(program.mesh)
@@ -68,15 +73,31 @@ class _Checker:
         self.ops = 0
         self.original = original
         self.originals = {} if original is None else {n.name: n for n in original.nodes if "val" in n.meta}
+        self.templates = templates
+        self.calls: dict[fx.Node, tuple[Template, tuple[fx.Node, ...]]] = {}
+        self.repeats = Repeats(self.originals)
+        self.looked_ahead = False
 
     # one node ----------------------------------------------------------------------------------------------------------------
 
     def node(self, node: fx.Node, *, flipped: bool) -> None:
-        """Type one node."""
-        self.ops += node.op == "call_function"
-        hints = hints_of(node, self.axes)
-        op = Op(self.axes, node, hints)
-        op.flipped = flipped
+        """Type one node, or take over how one just like it was typed."""
+        key = None
+        if node.op == "call_function":
+            self.ops += 1
+            template, operands = self.calls[node] = self.templates.of(node.target, node.args, node.kwargs)
+            key = self.repeats.key(node, note(node), template, operands, flipped=flipped)
+            known = None if key is None else self.repeats.known.get(key)
+            if known is not None:
+                self.types[node], self.typed[node], self.repeats.states[node] = known
+                return
+        self._judge(node, key, flipped=flipped)
+
+    def _judge(self, node: fx.Node, key: Hashable | None, *, flipped: bool) -> None:
+        """Type one node; key: to remember the judgement by."""
+        op = Op(self.axes, node, hints_of(node, self.axes))
+        op.flipped, self.looked_ahead = flipped, False
+        before = len(self.problems) + len(self.untyped)
         try:
             found = self._derive(node, op)
             self._compare_shapes(node, found)
@@ -90,6 +111,10 @@ class _Checker:
             self.typed[node] = op
             found = self._compare(node, op, found)
         self.types[node] = found
+        if len(self.problems) + len(self.untyped) > before:
+            self.repeats.forget(node)
+        else:
+            self.repeats.keep(node, found, op, None if self.looked_ahead else key)
 
     def _derive(self, node: fx.Node, op: Op) -> Any:
         target = node.target
@@ -136,6 +161,7 @@ class _Checker:
 
     def _look_ahead(self, node: fx.Node) -> Type | None:
         """The declared type of the first declared node behind this one; a complex one as the pairs of reals that lead to it."""
+        self.looked_ahead = True
         pairs = False
         for _ in range(8):
             users = list(node.users)

@@ -10,6 +10,7 @@ from typing import Any
 import torch.fx as fx
 
 from ...program import Program
+from ..templates import Template, Templates
 from .problem import Op
 from .value import Axes
 
@@ -34,7 +35,8 @@ class Finding:
 class TypeReport:
     """problems: nodes that are wrong. untyped: nodes without a derivation; assumed: those of them whose declared layout was used.
 
-    types: per node, a Type, an integer, or a tuple of them; None where there is no type.
+    types: per node, a Type, an integer, or a tuple of them; None where there is no type. typed: how each node was judged; repeated
+    nodes share it. calls: template and operands of every call, from ``templates``.
     """
 
     problems: tuple[Finding, ...]
@@ -43,6 +45,8 @@ class TypeReport:
     axes: Axes
     types: dict[fx.Node, Any] = field(repr=False)
     typed: dict[fx.Node, Op] = field(repr=False)
+    calls: dict[fx.Node, tuple[Template, tuple[fx.Node, ...]]] = field(repr=False)
+    templates: Templates = field(repr=False)
 
     @property
     def status(self) -> str:
