@@ -104,7 +104,8 @@ class Templates:
             kwargs = {name: value for name, value in kwargs.items() if name not in DEVICE_ARGUMENTS}
             if isinstance(target, torch._ops.OpOverload):
                 kwargs = _without_defaults(target, kwargs)
-        key = (target, freeze(args, hole, operand), freeze(kwargs, hole, operand) if kwargs else ())
+        # a target lives as long as its template; hashing an op itself costs as much as all of its arguments
+        key = (id(target), freeze(args, hole, operand), freeze(kwargs, hole, operand) if kwargs else ())
         try:
             found = self._known.get(key)
         except TypeError:  # an argument without a hash: nothing is known to be the same

@@ -54,6 +54,7 @@ class Numbering:
     templates: Templates = field(default_factory=Templates)
     _numbers: dict[Any, int] = field(default_factory=dict)
     _forms: list[Form] = field(default_factory=list)
+    _simplify: dict[Template, _Simplify | None] = field(default_factory=dict)
 
     # ---- entering ----------------------------------------------------------------------------------------------------------
 
@@ -112,18 +113,13 @@ class Numbering:
 
     def _simplified(self, key: Any, template: Template, operands: tuple[int, ...], node: fx.Node) -> int:
         """The number of a call that nobody has made in this form."""
-        target = template.target
         form = template.form(tuple([self._forms[number] for number in operands]))
-        if type(form) is TensorForm and operands and type(template.args[0]) is Hole:
-            source = operands[0]
-            if target in UNCHANGED and self._forms[source] == form:
-                return source
-            if target in RESHAPES:
-                return self._reshaped(source, form, node)
-            if target in PERMUTES and len(form.shape) > 1:
-                return self._permuted(source, order_of(template, len(form.shape)), form, node)
-            if target in SLICES:
-                return self._sliced(key, template, source, form, node)
+        if type(form) is TensorForm and operands:
+            if template not in self._simplify:
+                self._simplify[template] = _simplification(template)
+            simplify = self._simplify[template]
+            if simplify is not None:
+                return simplify(self, template, operands[0], form, node)
         return self._entered((key,), Call(template, operands, node), form)
 
     def _entered(self, key: Any, call: Call, form: Form) -> int:
@@ -139,7 +135,14 @@ class Numbering:
         template, operands = self.templates.of(target, (Ref(source), *rest), {}, Ref)
         return self._entered((template, operands, "simple"), Call(template, (source,), node), form)
 
-    def _reshaped(self, source: int, form: TensorForm, node: fx.Node) -> int:
+    def unchanged(self, template: Template, source: int, form: TensorForm, node: fx.Node) -> int:
+        """An op that returns its first argument where shape and dtype stay."""
+        if self._forms[source] == form:
+            return source
+        return self._entered(((template, (source,)),), Call(template, (source,), node), form)
+
+    def reshaped(self, _: Template | None, source: int, form: TensorForm, node: fx.Node) -> int:
+        """A view by the shape that it makes."""
         call = self.calls[source]
         if call.target is aten.reshape.default:
             source = call.operands[0]
@@ -147,7 +150,11 @@ class Numbering:
             return source
         return self._simple(form, node, aten.reshape.default, source, list(form.shape))
 
-    def _permuted(self, source: int, order: list[int], form: TensorForm, node: fx.Node) -> int:
+    def permuted(self, template: Template, source: int, form: TensorForm, node: fx.Node) -> int:
+        """A transposition by the order that it makes of the dimensions."""
+        if len(form.shape) < 2:
+            return self.unchanged(template, source, form, node)
+        order = order_of(template, len(form.shape))
         call = self.calls[source]
         if call.target is aten.permute.default:
             assert call.template is not None
@@ -157,14 +164,14 @@ class Numbering:
         shape = self._forms[source].shape
         moved = [dim for dim in order if shape[dim] != 1]
         if moved == sorted(moved):  # what moves has size 1
-            return self._reshaped(source, form, node)
+            return self.reshaped(None, source, form, node)
         return self._simple(form, node, aten.permute.default, source, order)
 
-    def _sliced(self, key: Any, template: Template, source: int, form: TensorForm, node: fx.Node) -> int:
+    def sliced(self, template: Template, source: int, form: TensorForm, node: fx.Node) -> int:
         """A slice by the range it takes, whatever it is written as; all of it is the value itself."""
         bounds = range_of(template, self._forms[source])
         if bounds is None:
-            return self._entered((key,), Call(template, (source,), node), form)
+            return self._entered(((template, (source,)),), Call(template, (source,), node), form)
         if self._forms[source] == form:
             return source
         return self._simple(form, node, aten.slice.Tensor, source, *bounds)
@@ -246,6 +253,19 @@ class Numbering:
             raise UnsupportedError(f"{error} [{_where(call.node)}]") from error
         except KERNEL_ERRORS as error:
             raise VerificationError(f"the program cannot be executed: {error} [{_where(call.node)}]") from error
+
+
+_Simplify = Callable[[Numbering, Template, int, TensorForm, fx.Node], int]
+
+
+def _simplification(template: Template) -> _Simplify | None:
+    """How a call of one tensor is brought to its simple form; None where it has none."""
+    if not template.args or type(template.args[0]) is not Hole or template.holes != 1:
+        return None
+    for targets, simplify in ((UNCHANGED, Numbering.unchanged), (RESHAPES, Numbering.reshaped), (SLICES, Numbering.sliced)):
+        if template.target in targets:
+            return simplify
+    return Numbering.permuted if template.target in PERMUTES else None
 
 
 def _where(node: fx.Node) -> str:
