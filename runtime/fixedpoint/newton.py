@@ -113,7 +113,7 @@ def shooting(chain: Chain, stop: Stop, window: int, cap: int = 0) -> Solved:
         if not settled:
             diagonals = [(v * t).clamp(-1, 1) for v, t in zip(signs, lanes.unpack(tangent), strict=True)]
             starts = [_corrected(*parts) for parts in zip(chain.init, starts, ends, diagonals, strict=True)]
-    trajectory = [in_order(lanes, [s[j] for s in stored], count) for j in range(len(starts))]
+    trajectory = [in_order(lanes, torch.stack([s[j] for s in stored]), count) for j in range(len(starts))]
     exact = min(sweeps * window, count)
     residual = 0.0 if exact == count else stop.residual
     report = ChainReport(f"shooting:{window}", count, sweeps * window, sweeps, residual, exact_prefix=exact)

@@ -46,9 +46,7 @@ class Stop:
     def measure(self, states: Sequence[Tensor]) -> None:
         """Take the largest finite state of every carry as the unit."""
         self.scales = [
-            float(torch.nan_to_num(state.detach().abs().amax().double(), nan=0.0, posinf=0.0))
-            if relative and state.numel()
-            else 0.0
+            _largest(state.detach()) if relative and state.numel() else 0.0
             for state, relative in zip(states, self.relative, strict=True)
         ]
 
@@ -78,11 +76,16 @@ class Stop:
         return good
 
 
+def _largest(state: Tensor) -> float:
+    """Of the finite magnitudes; 0 where there is none."""
+    found = float(torch.linalg.vector_norm(state, math.inf))  # one pass, which a NaN or an infinity passes
+    return found if math.isfinite(found) else float(torch.nan_to_num(state.abs(), nan=0.0, posinf=0.0).amax())
+
+
 def loop(chain: Chain) -> Solved:
     """One step after the other."""
     states = chain.loop(chain.init, 0, chain.count)
-    report = ChainReport("sequential", chain.count, chain.count, 1, exact_prefix=chain.count)
-    return Solved(_stacked(states), report)
+    return Solved(states, ChainReport("sequential", chain.count, chain.count, 1, exact_prefix=chain.count))
 
 
 def jacobi(chain: Chain, stop: Stop, sweeps: int = 0, cap: int = 0) -> Solved:
@@ -108,56 +111,69 @@ def jacobi(chain: Chain, stop: Stop, sweeps: int = 0, cap: int = 0) -> Solved:
     return finish(chain, states, done, ChainReport("jacobi", count, done, done, stop.residual, exact_prefix=done))
 
 
-def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0) -> Solved:
-    """Blocks of ``window`` steps at once. cap: most sweeps before the rest is done by the loop (0: as many as blocks)."""
-    count = chain.count
-    number = -(-count // window)
+def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0, warm: int = 0) -> Solved:
+    """Blocks of ``window`` steps at once. cap: most sweeps before the rest is done by the loop (0: as many as blocks).
+
+    warm: so many steps are believed to be all that a state remembers: a block starts where the last ``warm`` steps before it lead
+    from zero. If that holds, one sweep is enough, and all that is to be tested is that blocks end where the next ones started.
+    """
+    count, number = chain.count, -(-chain.count // window)
     lanes = chain.lanes(number)
     columns = [by_step(lanes, stream, window) for stream in chain.streams]
     slices = [[column[t] for column in columns] for t in range(window)]
     guess = [torch.cat([first[None], first.new_zeros((number - 1, *first.shape))]) for first in chain.init]
-    state, stored = lanes.pack(guess), []
-    for t in range(window):
-        state = lanes.step(state, slices[t])
-        stored.append(state)
-    stop.measure([torch.stack([s[j] for s in stored]) for j in range(len(guess))])
-    steps, sweeps, settled, contraction, residual = window, 1, number == 1, None, 0.0
+    warm = min(warm, window) if number > 1 else 0
+    if warm:
+        guess = _warmed(chain, lanes, guess, slices[window - warm :])
+    stored = lanes.sweep(lanes.pack(guess), slices)
+    stop.measure(stored)
+    steps, sweeps, contraction, residual = warm + window, 1, None, 0.0
+    new = shifted(chain.init, lanes.unpack([s[-1] for s in stored]))
+    settled = number == 1 or stop.settled(new, guess)
     while not settled and sweeps < min(cap or number, number):
-        new = shifted(chain.init, lanes.unpack(state))
-        if stop.settled(new, guess):
-            settled = True
-            break
         guess, sweeps = new, sweeps + 1
         made, merged, rate = _resweep(lanes, lanes.pack(new), slices, stored, stop)
         steps += made
-        state, residual = stored[-1], stop.residual
+        residual = stop.residual
         contraction = contraction if rate is None else rate
-        settled = sweeps >= number or (merged and stop.settled(shifted(chain.init, lanes.unpack(state)), guess))
-    trajectory = [in_order(lanes, [s[j] for s in stored], count) for j in range(len(guess))]
+        new = shifted(chain.init, lanes.unpack([s[-1] for s in stored]))
+        settled = sweeps >= number or (merged and stop.settled(new, guess))
+    trajectory = [in_order(lanes, s, count) for s in stored]
     exact = min(sweeps * window, count)
-    if exact == count:
-        residual = 0.0
+    residual = 0.0 if exact == count else max(residual, stop.residual)
     report = ChainReport(f"blocks:{window}", count, steps, sweeps, residual, contraction, exact)
     return Solved(trajectory, report) if settled else finish(chain, trajectory, exact, report)
 
 
+def _warmed(chain: Chain, lanes: Lanes, zero: list[Tensor], slices: list[list[Tensor]]) -> list[Tensor]:
+    """Where the last steps of every block lead from zero: the start of the next. slices: of these steps."""
+    if not chain.body.rows:
+        return shifted(chain.init, lanes.unpack([s[-1] for s in lanes.sweep(lanes.pack(zero), slices, keep=False)]))
+    fewer = chain.lanes(lanes.n - 1)  # what the last block leads to starts nothing
+    start = fewer.pack([z[1:] for z in zero])
+    cut = [[x[: x.shape[0] // lanes.n * fewer.n] for x in inputs] for inputs in slices]
+    ends = fewer.unpack([s[-1] for s in fewer.sweep(start, cut, keep=False)])
+    return [torch.cat([first[None], end]) for first, end in zip(chain.init, ends, strict=True)]
+
+
 def _resweep(
-    lanes: Lanes, state: list[Tensor], slices: list[list[Tensor]], stored: list[list[Tensor]], stop: Stop
+    lanes: Lanes, state: list[Tensor], slices: list[list[Tensor]], stored: list[Tensor], stop: Stop
 ) -> tuple[int, bool, float | None]:
     """Go on from new starts until every lane has merged with its stored states, which are replaced.
 
     Returns the steps made, whether all merged, and the factor a step by which the last differences shrank.
     """
     rate, last = None, math.inf
-    for t, inputs in enumerate(slices):
-        state = lanes.step(state, inputs)
-        before, stored[t] = stored[t], state
-        if t % TEST_EVERY == TEST_EVERY - 1:
-            merged = stop.settled(state, before)
-            rate = (stop.residual / last) ** (1 / TEST_EVERY) if 0.0 < stop.residual < last < math.inf else rate
-            last = stop.residual
-            if merged:
-                return t + 1, True, rate
+    for t in range(0, len(slices), TEST_EVERY):
+        found = lanes.sweep(state, slices[t : t + TEST_EVERY])
+        state, done = [f[-1] for f in found], t + len(found[0])
+        merged = stop.settled(state, [s[done - 1] for s in stored])
+        for old, new in zip(stored, found, strict=True):
+            old[t:done] = new
+        rate = (stop.residual / last) ** (1 / TEST_EVERY) if 0.0 < stop.residual < last < math.inf else rate
+        last = stop.residual
+        if merged:
+            return done, True, rate
     return len(slices), False, rate
 
 
@@ -189,15 +205,11 @@ def windows(chain: Chain, stop: Stop, window: int) -> Solved:
 def finish(chain: Chain, trajectory: list[Tensor], exact: int, report: ChainReport) -> Solved:
     """The rest by the loop, from the last exact state."""
     before = [states[exact - 1] for states in trajectory] if exact else chain.init
-    rest = _stacked(chain.loop(before, exact, chain.count)) if exact < chain.count else []
+    rest = chain.loop(before, exact, chain.count) if exact < chain.count else []
     whole = [torch.cat([states[:exact], more]) for states, more in zip(trajectory, rest, strict=True)] if rest else trajectory
     made = report.steps + chain.count - exact
     why = "the states had not settled within the sweeps that pay"
     return Solved(whole, ChainReport(report.solver, report.count, made, report.sweeps, 0.0, None, chain.count, why))
-
-
-def _stacked(states: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.stack([state[j] for state in states]) for j in range(len(states[0]))]
 
 
 def shifted(init: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
@@ -210,12 +222,12 @@ def by_step(lanes: Lanes, stream: Tensor, window: int) -> tuple[Tensor, ...]:
     missing = lanes.n * window - stream.shape[0]
     if missing:
         stream = torch.cat([stream, stream[-1:].expand(missing, *stream.shape[1:])])
-    by_step = stream.reshape(lanes.n, window, *stream.shape[1:]).transpose(0, 1)
-    packed = lanes.pack_each(by_step.contiguous())
-    return packed.unbind(0)
+    split = stream.reshape(lanes.n, window, *stream.shape[1:])
+    if stream.dim() > 1 and stream.shape[1] == 1:
+        return tuple(lanes.pack(split.unbind(1)))  # one row a lane: no copy is needed to fold them
+    return lanes.pack_each(split.transpose(0, 1).contiguous()).unbind(0)
 
 
-def in_order(lanes: Lanes, by_step: list[Tensor], count: int) -> Tensor:
-    """States stored by step within the block as states in the order of the chain."""
-    stacked = torch.stack([lanes.unpack([states])[0] for states in by_step], 1)  # [lanes, window, *shape]
-    return stacked.flatten(0, 1)[:count]
+def in_order(lanes: Lanes, by_step: Tensor, count: int) -> Tensor:
+    """States stored by step within the block, [window, *packed], as states in the order of the chain."""
+    return lanes.unpack_each(by_step).transpose(0, 1).flatten(0, 1)[:count]

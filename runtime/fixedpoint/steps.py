@@ -9,7 +9,7 @@ is vectorised by ``torch.func.vmap``, traced once for each number of lanes, so t
 from __future__ import annotations
 
 import functools
-import operator
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,24 +20,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..load import load
 from ..ops import resolve
 from .body import Body, read_body
+from .inplace import QUICK, Form, Stepper, getter, plan
 
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 """(carries, one slice of every stream) -> results."""
 
-
-QUICK: dict[str, Callable[..., Any]] = {
-    "aten.add.Tensor": torch.add,
-    "aten.addcmul.default": torch.addcmul,
-    "aten.addmm.default": torch.addmm,
-    "aten.lerp.Tensor": torch.lerp,
-    "aten.mm.default": torch.mm,
-    "aten.mul.Tensor": torch.mul,
-    "aten.relu.default": torch.relu,
-    "aten.sigmoid.default": torch.sigmoid,
-    "aten.sub.Tensor": torch.sub,
-    "aten.tanh.default": torch.tanh,
-}
-"""The same kernels behind torch's own bindings, which parse their arguments in half the time. For calls without keywords."""
 
 _Code = list[tuple[Callable[..., Any], Callable[[list[Any]], tuple[Any, ...]], int, tuple[int, ...]]]
 
@@ -51,7 +38,7 @@ def _code(text: str, results: tuple[int, ...], floating: torch.dtype | None) -> 
     for ins, step in zip(loaded.program.instructions, loaded.steps, strict=True):
         assert step.call is not None
         call = QUICK.get(ins.op, step.call) if step.call is resolve(ins.op) else step.call
-        code.append((call, _getter(step.inputs), step.output, step.spread))
+        code.append((call, getter(step.inputs), step.output, step.spread))
     return code, loaded.new_frame()
 
 
@@ -64,7 +51,7 @@ class Runner:
         self._frame = list(empty)
         self._frame[body.carries : body.carries + len(shared)] = shared
         self._carries, self._streams, self._inputs = body.carries, body.carries + len(shared), body.inputs
-        self._results = _getter(tuple(results))
+        self._results = getter(tuple(results))
 
     def __call__(self, carries: Sequence[Tensor], slices: Sequence[Tensor]) -> list[Tensor]:
         """One step. carries, slices: one tensor each."""
@@ -82,9 +69,6 @@ class Runner:
         return list(self._results(frame))
 
 
-Form = tuple[tuple[int, ...], torch.dtype, torch.device]
-
-
 @functools.lru_cache(maxsize=128)
 def _vectorised(text: str, results: tuple[int, ...], floating: torch.dtype | None, forms: tuple[tuple[Form, ...], ...]) -> Any:
     """A body on many lanes as a traced function of (carries, shared, slices). forms: of these three groups, lanes included."""
@@ -97,25 +81,40 @@ def _vectorised(text: str, results: tuple[int, ...], floating: torch.dtype | Non
     return make_fx(torch.func.vmap(one, in_dims=(0, None, 0)))(*examples)
 
 
-def _getter(positions: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """A tuple of the values at some positions, also for none and for one."""
-    if len(positions) > 1:
-        return operator.itemgetter(*positions)
-    if not positions:
-        return lambda _frame: ()
-    only = positions[0]
-    return lambda frame: (frame[only],)
-
-
 class Lanes:
     """The same step for n lanes. A state of all lanes is a list of packed carries; ``pack`` and ``unpack`` go between them and
     tensors ``[n, *shape of the carry]``."""
 
-    def __init__(self, n: int, step: Step, rows: int | None) -> None:
-        """rows: rows of one lane where lanes are folded into rows, None where they are a dimension of their own."""
+    def __init__(self, n: int, step: Step, rows: int | None, chain: Chain | None = None) -> None:
+        """rows: rows of one lane where lanes are folded into rows, None where they are a dimension of their own; chain: whose next
+        carries the step gives, where ``sweep`` may be planned for them."""
         self.n = n
         self.step = step
         self._rows = rows
+        self._chain = chain
+        self._stepper: Stepper | None = None
+
+    def sweep(self, state: Sequence[Tensor], slices: Sequence[Sequence[Tensor]], *, keep: bool = True) -> list[Tensor]:
+        """Do some steps, one after the other.
+
+        state: packed; slices: the packed slices of every step. Returns every carry after each step, [steps, *packed]; after the
+        last one only, [1, *packed], if not ``keep``.
+        """
+        if self._chain is None:
+            return self._functional(list(state), slices, keep=keep)
+        if self._stepper is None:
+            self._stepper = self._chain.stepper(state, slices[0])
+        stored = [first.new_empty((len(slices) if keep else 2, *first.shape)) for first in state]
+        last = self._stepper.run(state, slices, itertools.cycle(zip(*[s.unbind(0) for s in stored], strict=True)))
+        return stored if keep else [new[None] for new in last]
+
+    def _functional(self, state: list[Tensor], slices: Sequence[Sequence[Tensor]], *, keep: bool) -> list[Tensor]:
+        found = []
+        for inputs in slices:
+            state = self.step(state, inputs)
+            found.append(state)
+        kept = found if keep else found[-1:]
+        return [torch.stack(column) for column in zip(*kept, strict=True)]
 
     def pack(self, values: Sequence[Tensor]) -> list[Tensor]:
         """[n, *shape] each -> what ``step`` takes."""
@@ -132,6 +131,10 @@ class Lanes:
     def pack_each(self, values: Tensor) -> Tensor:
         """[k, n, *shape] -> k packed ones, stacked."""
         return values if self._rows is None else values.reshape(values.shape[0], -1, *values.shape[3:])
+
+    def unpack_each(self, values: Tensor) -> Tensor:
+        """k packed ones, stacked -> [k, n, *shape]."""
+        return values if self._rows is None else values.reshape(values.shape[0], self.n, -1, *values.shape[2:])
 
 
 class Chain:
@@ -166,7 +169,7 @@ class Chain:
         """``n`` lanes of the step, or of other results of the body."""
         wanted = self.body.following if results is None else results
         if self.body.rows:
-            return Lanes(n, self.runner(wanted), self.init[0].shape[0])
+            return Lanes(n, self.runner(wanted), self.init[0].shape[0], self if results is None else None)
         return Lanes(n, self._vectorised(n, wanted), None)
 
     def _vectorised(self, n: int, results: Sequence[int]) -> Step:
@@ -181,14 +184,18 @@ class Chain:
         """[stop - start, *shape] of every stream."""
         return [stream[start:stop] for stream in self.streams]
 
-    def loop(self, carries: Sequence[Tensor], start: int, stop: int) -> list[list[Tensor]]:
-        """The states after steps start .. stop-1, one after the other: what every solver must agree with."""
-        step, state, found = self.step, list(carries), []
+    def stepper(self, state: Sequence[Tensor], slices: Sequence[Tensor]) -> Stepper:
+        """Steps from states and slices of these sizes, with places for what they make."""
+        made = plan(self.body, self._floating, [*state, *self.shared, *slices])
+        return Stepper(made, self.body.carries, self.shared, self.body.streams)
+
+    def loop(self, carries: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+        """The states after steps start .. stop-1, one after the other: what every solver must agree with. [steps, *shape] each."""
         columns = [stream[start:stop].unbind(0) for stream in self.streams]
-        for k in range(stop - start):
-            state = step(state, [column[k] for column in columns])
-            found.append(state)
-        return found
+        slices = [[column[k] for column in columns] for k in range(stop - start)]
+        stored = [first.new_empty((stop - start, *first.shape)) for first in carries]
+        self.stepper(carries, slices[0]).run(carries, slices, zip(*[s.unbind(0) for s in stored], strict=True))
+        return stored
 
     def loop_emits(self) -> list[Tensor]:
         """The last carries and what the steps give out, by the plain loop."""
