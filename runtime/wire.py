@@ -45,6 +45,8 @@ class Op(enum.IntEnum):
     CLOSE = 12
     LOAD_PIPELINE = 13  # payload: location and length of the JSON request in shared memory
     STEP_PIPELINE = 14
+    COMMIT_PIPELINE = 15  # write the updates of the latest step, held back until every rank had computed them
+    UNLOAD_PIPELINE = 16  # forget it
     DONE = 20  # rank -> controller: the operation `ticket` of this sequence number is complete
     FAILED = 21  # payload: JSON {type, message, traceback, memory, communication, instruction}
 

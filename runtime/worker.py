@@ -125,6 +125,8 @@ class Worker:
             wire.Op.WIRE: self._wire,
             wire.Op.LOAD_PIPELINE: self._load_pipeline,
             wire.Op.STEP_PIPELINE: self._step_pipeline,
+            wire.Op.COMMIT_PIPELINE: self._commit_pipeline,
+            wire.Op.UNLOAD_PIPELINE: self._unload_pipeline,
         }
         with torch.inference_mode():
             idle = _LOOK_FOR if self.mesh.size * torch.get_num_threads() <= len(os.sched_getaffinity(0)) else 0.0
@@ -266,6 +268,14 @@ class Worker:
     def _step_pipeline(self, packet: wire.Packet) -> None:
         self.page.begin(packet.handle, packet.sequence, 0, {})
         self.pipelines[packet.handle].step()
+        self._done(packet)
+
+    def _commit_pipeline(self, packet: wire.Packet) -> None:
+        self.pipelines[packet.handle].commit()
+        self._done(packet)
+
+    def _unload_pipeline(self, packet: wire.Packet) -> None:
+        del self.pipelines[packet.handle]
         self._done(packet)
 
     def _forward(self, packet: wire.Packet) -> None:

@@ -49,11 +49,12 @@ def _literal_key(value: object) -> Hashable:
 class Specialisations(Generic[T]):
     """At most ``capacity`` compiled forms, the least recently used evicted first. Not safe to share between threads."""
 
-    def __init__(self, capacity: int = 8) -> None:
-        """Raises InputError unless capacity is at least 1."""
+    def __init__(self, capacity: int = 8, dropped: Callable[[T], None] | None = None) -> None:
+        """dropped: called with every form that is forgotten. Raises InputError unless capacity is at least 1."""
         if capacity < 1:
             raise InputError(f"the number of specialisations to keep must be at least 1; found {capacity}")
         self.capacity = capacity
+        self._dropped = dropped
         self._kept: OrderedDict[Hashable, T] = OrderedDict()
         self._parts: tuple[object, list[nn.Module], list[torch.Tensor]] = (None, [], [])
 
@@ -81,13 +82,18 @@ class Specialisations(Generic[T]):
         made = make(training, args, kwargs)
         self._kept[key] = made
         while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
+            self._forget(self._kept.popitem(last=False)[1])
         return made
 
     def clear(self) -> None:
         """Forget all forms."""
-        self._kept.clear()
+        while self._kept:
+            self._forget(self._kept.popitem(last=False)[1])
         self._parts = (None, [], [])
+
+    def _forget(self, form: T) -> None:
+        if self._dropped is not None:
+            self._dropped(form)
 
     def _modes_of(self, target: object) -> Hashable:
         """Modes and frozen parameters; walking a deep model costs more than a step's dispatch, so its parts are remembered."""

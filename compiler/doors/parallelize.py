@@ -17,7 +17,8 @@ from ..plan.tactics import RewriteTactic, Tactic
 from .engines import engine_opener
 from .hall import Options
 from .module import ParallelModule, lazy_class, parallel_view
-from .pipeline import PipelineSession, pipeline_tactic
+from .pipeline import PipelineSession
+from .pipeline_options import PipelineOrder, pipeline_order
 from .session import Session
 from .state import PiecewiseState, WholeState
 
@@ -60,13 +61,11 @@ def parallelize(
     Raises InputError for arguments that cannot be right, CaptureError where the model cannot be traced, PlanError where the
     constraints contradict each other, VerificationError where a rewrite is not proven, RunError where a rank fails.
     """
-    pipelined = pipeline_tactic(Mesh.parse(mesh), _check_tactics(tactics))
+    options = {"constraints": constraints, "memory_limit": memory_limit, "inductor": inductor}
+    order = pipelined_order(model, mesh, {**options, "tactics": tactics, "verify": verify})
     session: Session | PipelineSession
-    if pipelined is not None:
-        _check_model(model)
-        if constraints or memory_limit is not None or inductor:
-            raise InputError("a pipeline takes no constraints, memory_limit or inductor; see the options of PipelineParallel")
-        session = PipelineSession(model, Mesh.parse(mesh), pipelined, engine, verify)
+    if order is not None:
+        session = PipelineSession(order, engine)
     else:
         session = open_session(
             model,
@@ -87,6 +86,25 @@ def parallelize(
     return parallel_view(model, session)
 
 
+def pipelined_order(model: nn.Module, mesh: str | int | Mesh, options: Mapping[str, Any]) -> PipelineOrder | None:
+    """What the arguments of ``parallelize`` ask of a pipeline, None where they ask for none. InputError for options it has not."""
+    shape = Mesh.parse(mesh)
+    order = pipeline_order(model, shape, _check_tactics(options.get("tactics", "auto")), options.get("verify"))
+    if order is None:
+        return None
+    _check_model(model)
+    unknown = set(options) - set(inspect.signature(open_session).parameters)
+    if unknown:
+        raise InputError(f"a pipeline has no option {sorted(unknown)[0]!r}; see hocket.parallelize and PipelineParallel")
+    refused = [name for name in ("constraints", "memory_limit", "inductor") if options.get(name)]
+    refused += ["transport"] if options.get("transport", "auto") != "auto" else []
+    if refused:
+        raise InputError(
+            f"a pipeline takes no {refused[0]}; see the options of PipelineParallel, which has memory= for activations"
+        )
+    return order
+
+
 def open_session(
     model: nn.Module,
     mesh: str | int | Mesh,
@@ -101,7 +119,7 @@ def open_session(
     """Check the arguments of ``parallelize`` and open a session on a fresh engine; nothing is compiled yet."""
     _check_model(model)
     shape = Mesh.parse(mesh)
-    if pipeline_tactic(shape, _check_tactics(tactics)) is not None:
+    if pipeline_order(model, shape, _check_tactics(tactics)) is not None:
         raise InputError(f"a pipeline (mesh {shape}) is opened by hocket.parallelize, and trained with its train_step(...)")
     attached = engine == "attach"
     options = Options(

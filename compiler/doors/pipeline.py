@@ -1,16 +1,16 @@
 """The door for pipelines: ``hocket.parallelize(model, mesh="pp=2")``, then ``loss = model.train_step(x, y)``.
 
-A batch is cut into micro-batches along the first dimension of its tensors. One micro-batch's whole step is captured, its backward
-split, the graph cut into stages, every rewrite proven; a schedule says what each rank does when. ``train_step`` leaves the
-gradients of the batch in ``.grad``, as ``loss.backward()`` does, and returns the loss, so the optimizer and the rest of the
-loop stay as they are.
+A batch is cut into micro-batches along the first dimension of its tensors. One micro-batch's whole step is captured, planned on the
+mesh's other axes, its backward split, the graph cut into stages, every rewrite proven; a schedule says what each rank does when.
+``train_step`` leaves the gradients of the batch in ``.grad``, as ``loss.backward()`` does, and returns the loss, so the optimizer
+and the rest of the loop stay as they are. With ``hocket.train_step`` the optimizer runs on the stages too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -18,69 +18,52 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ...runtime.engines.base import Engine
-from ...runtime.mesh import Mesh
 from ...runtime.schedule.stage import Port
 from ..capture import Specialisations
 from ..errors import InputError
-from ..plan.tactics import RewriteTactic, Tactic
 from ..program import Literal, RoleKind
 from ..report.pipeline import explain_pipeline
 from ..verify.report import Verdict
 from .engines import engine_opener
-from .pipeline_compile import CompiledPipeline, PipelineParallel, compile_pipeline
+from .pipeline_batch import Batch, CallArgs
+from .pipeline_compile import CompiledPipeline, compile_pipeline
+from .pipeline_options import PipelineOrder
 from .pipeline_runners import LocalRunner, LoopbackRunner, Runner
 from .threads import single_threaded
-from .watch import state_of
+from .watch import StateWatch, state_of
 
 log = logging.getLogger("hocket")
 
-AXIS = "pp"
+CAPACITY = 4
+"""Forms of call whose programs stay on the ranks."""
 
-CallArgs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments."""
-
-
-def pipeline_tactic(mesh: Mesh, tactics: Sequence[Tactic | RewriteTactic] | str) -> PipelineParallel | None:
-    """The tactic that asks for a pipeline: the one given, or the default one where the mesh has an axis ``pp``; None for neither.
-
-    InputError for two, for an axis that the mesh lacks, and where other axes or tactics are asked for beside it.
-    """
-    asked = [] if isinstance(tactics, str) else [tactic for tactic in tactics if isinstance(tactic, PipelineParallel)]
-    if not asked and AXIS not in mesh.names:
-        return None
-    if len(asked) > 1:
-        raise InputError(f"expected one PipelineParallel, found {len(asked)}")
-    chosen = asked[0] if asked else PipelineParallel()
-    if chosen.axis not in mesh.names:
-        raise InputError(f"PipelineParallel is for the axis {chosen.axis!r}, which mesh {mesh} does not have")
-    if len(mesh.axes) > 1:
-        others = ", ".join(name for name in mesh.names if name != chosen.axis)
-        raise InputError(f"a pipeline over {chosen.axis!r} runs on a mesh of that axis alone; found {others} beside it in {mesh}")
-    if not isinstance(tactics, str) and len(tactics) > 1:
-        raise InputError("PipelineParallel takes no other tactic beside it; its own options say how the backward is split")
-    return chosen
+Ready = tuple[CompiledPipeline, Runner]
 
 
 class PipelineSession:
-    """One model as a pipeline: what a parallel module asks of a session, and ``train_step``."""
+    """One model as a pipeline: what a parallel module asks of a session, and ``train_step``.
 
-    def __init__(self, model: nn.Module, mesh: Mesh, tactic: PipelineParallel, engine: str | Engine, level: str | None) -> None:
+    states: optimizer state by name, where the order has an optimizer; capacity: how many forms of call stay loaded.
+    """
+
+    def __init__(
+        self, order: PipelineOrder, engine: str | Engine, states: Mapping[str, Tensor] | None = None, capacity: int = CAPACITY
+    ) -> None:
         if engine not in ("sim", "local"):
             raise InputError(f'a pipeline runs on engine "local" (ranks are processes) or "sim"; found {engine!r}')
-        self._open = engine_opener(engine, mesh) if engine == "local" else None
+        self._open = engine_opener(engine, order.mesh) if engine == "local" else None
         self._engine: Any = None
-        self.model = model
-        self.mesh = mesh
-        self.tactic = tactic
-        self.level = level
+        self.order = order
+        self.model = order.model
+        self._states = dict(states or {})
         self._closed = False
-        self._made: Specialisations[tuple[CompiledPipeline, Runner]] = Specialisations(8)
-        self._latest: tuple[CompiledPipeline, Runner] | None = None
+        self._watch: StateWatch | None = None
+        self._made: Specialisations[Ready] = Specialisations(capacity, dropped=lambda made: made[1].close())
+        self._latest: Ready | None = None
 
     def train_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Forward, loss and backward of a batch; gradients are added to ``.grad``. Returns the loss, without gradient."""
-        compiled, runner, batches = self._ready(module, args, kwargs, train=True)
-        outputs = runner.step(self._given(compiled, batches))
+        runner, outputs = self.run(module, args, kwargs, train=True)
         named = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, gradient in runner.gradients().items():
@@ -88,8 +71,14 @@ class PipelineSession:
                     named[name].grad = gradient.clone()
                 else:
                     named[name].grad += gradient  # type: ignore[operator]
-        losses = [output["loss"] for output in outputs]
-        return torch.stack(losses).sum()
+        return loss_in(outputs)
+
+    def run(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, train: bool
+    ) -> tuple[Runner, list[dict[str, Tensor]]]:
+        """One step for a batch: who ran it, and the outputs of every micro-batch."""
+        compiled, runner, batch = self._ready(module, args, kwargs, train=train)
+        return runner, runner.step([_given(compiled, m, call) for m, call in enumerate(batch.cut(compiled.rows))])
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's result for a batch, computed micro-batch by micro-batch; without gradients."""
@@ -98,9 +87,8 @@ class PipelineSession:
                 "a pipeline computes loss and gradients together: train with train_step(...), or call the module under "
                 "torch.no_grad()"
             )
-        compiled, runner, batches = self._ready(module, args, kwargs, train=False)
-        outputs = runner.step(self._given(compiled, batches))
-        signature = compiled.captured.signature
+        _, outputs = self.run(module, args, kwargs, train=False)
+        signature = self.compiled.captured.signature
         each = []
         for output in outputs:
             leaves = [
@@ -108,7 +96,10 @@ class PipelineSession:
             ]
             assert signature.out_spec is not None, "a captured program has the tree of its outputs"
             each.append(pytree.tree_unflatten(leaves, signature.out_spec))
-        return each[0] if len(each) == 1 else pytree.tree_map(_joined, *each)
+        if len(each) == 1:
+            return each[0]
+        weights = [rows / sum(self.compiled.rows) for rows in self.compiled.rows]
+        return pytree.tree_map(lambda *pieces: _joined(weights, *pieces), *each)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, mode: bool) -> None:
         """Compile the training step for this form of call."""
@@ -117,55 +108,41 @@ class PipelineSession:
 
     def _ready(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, train: bool
-    ) -> tuple[CompiledPipeline, Runner, list[CallArgs]]:
-        if self._closed:
-            raise InputError("this parallel module was closed; make a new one with hocket.parallelize")
+    ) -> tuple[CompiledPipeline, Runner, Batch]:
+        self.check_open()
         if train and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves((args, kwargs))):
             raise InputError("a pipeline gives gradients of parameters, not of inputs: pass inputs that need none (x.detach())")
-        batches = cut_batch((args, kwargs), self.tactic.microbatches, self.mesh.size)
-        first = batches[0]
+        batch = Batch(args, kwargs)
+        moved = self._watch.changed() if self._watch is not None else ""
+        if moved:
+            log.warning("hocket: %s was replaced since the last call: compiling again", moved)
+            self._made.clear()
         with _mode(self.model, training=module.training):
-            make = self._maker(len(batches))
-            self._latest = self._made.get(self.model, *first, training=train, make=make)
-        return (*self._latest, batches)
+            self._latest = self._made.get(self.model, args, kwargs, training=train, make=self._make)
+        return (*self._latest, batch)
 
-    def _maker(self, count: int) -> Any:
-        @single_threaded
-        def make(train: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CompiledPipeline, Runner]:  # noqa: FBT001
-            compiled = compile_pipeline(
-                self.model, (args, kwargs), self.tactic, self.mesh.size, count, train=train, level=self.level
-            )
-            return compiled, self._runner(compiled)
+    def check_open(self) -> None:
+        """InputError once closed."""
+        if self._closed:
+            raise InputError("this parallel module was closed; make a new one with hocket.parallelize")
 
-        return make
-
-    def _runner(self, compiled: CompiledPipeline) -> Runner:
+    @single_threaded
+    def _make(self, train: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:  # noqa: FBT001 (a callback)
+        compiled = compile_pipeline(self.order, Batch(args, kwargs), train=train)
         tensors = {Port(kind, name): tensor for (kind, name), tensor in state_of(self.model).items()}
+        tensors.update((Port("state", name), tensor) for name, tensor in self._states.items())
         if self._open is None:
-            return LoopbackRunner(compiled, {port: tensor.detach() for port, tensor in tensors.items()})
-        if self._engine is None:
-            self._engine = self._open()
-        return LocalRunner(compiled, tensors, self._engine, self.tactic.axis)
-
-    def _given(self, compiled: CompiledPipeline, batches: list[CallArgs]) -> list[dict[str, Tensor]]:
-        """Per micro-batch, values of the INPUT and SEED ports by name."""
-        signature = compiled.captured.signature
-        found = []
-        for batch in batches:
-            leaves = pytree.tree_leaves(batch)
-            values = {
-                signature.inputs[place].name: leaves[i].detach()
-                for i, place in enumerate(signature.in_leaves)
-                if not isinstance(place, Literal)
-            }
-            for name in signature.inputs_of(RoleKind.SEED):
-                values[name] = torch.randint(2**62, ())
-            found.append(values)
-        return found
+            runner: Runner = LoopbackRunner(compiled, {port: tensor.detach() for port, tensor in tensors.items()})
+        else:
+            if self._engine is None:
+                self._engine = self._open()
+            runner = LocalRunner(compiled, tensors, self._engine)
+        self._watch = StateWatch(self.model)
+        return compiled, runner
 
     @property
     def latest(self) -> NoReturn:
-        """A pipeline has no plan of placements."""
+        """A pipeline has no single plan of placements."""
         raise InputError("a pipeline has stages and a schedule instead of a plan of placements: see explain()")
 
     @property
@@ -189,45 +166,43 @@ class PipelineSession:
         """End the ranks. Closing twice is harmless."""
         if not self._closed:
             self._closed = True
-            self._made.clear()
-            if self._latest is not None:
-                self._latest[1].close()
             if self._engine is not None:
                 self._engine.close()
+            self._made.clear()
 
 
-def cut_batch(call: CallArgs, wanted: int | str, ranks: int) -> list[CallArgs]:
-    """The call cut into micro-batches along the first dimension of its first tensor and of all others of that size.
-
-    wanted: how many, "auto" for twice the ranks or the largest divisor below that. InputError where that does not divide the batch.
-    """
-    leaves, spec = pytree.tree_flatten(call)
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    if not sizes:
-        raise InputError("a pipeline cuts a batch along the first dimension of its tensors; found no tensor with a dimension")
-    rows = sizes[0]
-    count = next(n for n in range(min(2 * ranks, rows), 0, -1) if rows % n == 0) if wanted == "auto" else int(wanted)
-    if rows % count:
-        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        near = min(divisors, key=lambda n: (abs(n - count), n))
-        raise InputError(
-            f"a batch of {rows} rows does not divide into {count} micro-batches: use a batch of {count * -(-rows // count)} rows, "
-            f"or microbatches={near}"
-        )
-    step = rows // count
-
-    def part(leaf: Any, k: int) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows
-        return leaf.narrow(0, k * step, step) if batched else leaf
-
-    return [pytree.tree_unflatten([part(leaf, k) for leaf in leaves], spec) for k in range(count)]
+def loss_in(outputs: list[dict[str, Tensor]]) -> Tensor:
+    """The loss of a batch from the weighted losses of its micro-batches."""
+    return torch.stack([output["loss"] for output in outputs]).sum()
 
 
-def _joined(*pieces: Any) -> Any:
-    """One output of all micro-batches: rows joined; scalars and what is no tensor must agree, means of losses are averaged."""
+def _given(compiled: CompiledPipeline, micro_batch: int, call: CallArgs) -> dict[str, Tensor]:
+    """Values of the INPUT and SEED ports of a micro-batch by name."""
+    signature = compiled.forms[compiled.form_of(micro_batch)].captured.signature
+    leaves = pytree.tree_leaves(call)
+    values = {
+        signature.inputs[place].name: leaves[i].detach()
+        for i, place in enumerate(signature.in_leaves)
+        if not isinstance(place, Literal)
+    }
+    for name in signature.inputs_of(RoleKind.SEED):
+        values[name] = torch.randint(2**62, ())
+    return values
+
+
+def _joined(weights: list[float], *pieces: Any) -> Any:
+    """One output of all micro-batches: rows joined; means of losses weighed by their rows; what is no tensor must agree."""
     if not isinstance(pieces[0], Tensor):
         return pieces[0]
-    return torch.cat(pieces) if pieces[0].dim() else torch.stack(pieces).mean()
+    if pieces[0].dim():
+        return torch.cat(pieces)
+    if len(set(weights)) == 1 or not pieces[0].is_floating_point():
+        return (
+            torch.stack(pieces).float().mean().to(pieces[0].dtype)
+            if not pieces[0].is_floating_point()
+            else torch.stack(pieces).mean()
+        )
+    return torch.stack([weight * piece for weight, piece in zip(weights, pieces, strict=True)]).sum()
 
 
 @contextlib.contextmanager

@@ -1,173 +1,147 @@
-"""Compile one form of call for a pipeline: capture a micro-batch's step, split its backward, cut it into stages, prove,
-schedule."""
+"""Compile one form of call for a pipeline: micro-batches of every size that occurs, one schedule for all of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from ...passes.backward_split import BackwardSplit
 from ...passes.backward_split_costs import Costs
-from ...passes.pipeline import CutStages, cut_stages
-from ...runtime.mesh import Mesh
 from ...runtime.schedule.instruction import Schedule
-from ..capture.front import Example
-from ..capture.step import scalar_loss
-from ..capture.trace import Aim
-from ..contract import Context, Pass
-from ..cost.cluster import Cluster
+from ...runtime.schedule.verify import peak_memory
 from ..errors import InputError
-from ..passmanager import PassRecord, run_passes
+from ..passmanager import PassRecord
 from ..plan.pipeline.costs import LinkCosts, PipelineCosts
-from ..plan.pipeline.forms import FOLDED, NAMES, closed_form, cut_weights, inference
+from ..plan.pipeline.forms import closed_form, cut_weights, finishing, inference
 from ..plan.pipeline.problem import Problem
 from ..plan.pipeline.synthesise import synthesise
-from ..plan.tactics import RewriteTactic
 from ..program import Program
-from ..rules.table import RuleTable
 from ..stages import Pipeline
 from ..verify.report import Status, Verdict
-from .pipeline_units import partition, stage_costs, weight_pieces
+from .pipeline_batch import Batch, rows_of
+from .pipeline_form import Form, make_form, with_decisions
+from .pipeline_options import PipelineOrder, PipelineParallel, parse_bytes
+from .pipeline_rows import propose_rows
+from .pipeline_units import stage_costs
 
-
-@dataclass(frozen=True)
-class PipelineParallel(RewriteTactic):
-    """Stages of the model on the ranks of one mesh axis, fed with micro-batches.
-
-    axis: of the mesh. microbatches: how many a batch is cut into, "auto" for twice the ranks where that divides it. schedule:
-    "auto" searches for one that suits the predicted costs, or the name of a known one ("gpipe", "1f1b", "1f1b-2bp", "zb-h1", ...).
-    pieces: into how many parts a stage's weight gradients are cut, at most; more of them fill smaller gaps.
-    memory: most bytes of activations a rank may hold ("8GB"), None for no limit. loss: from the model's result to a scalar, None
-    where the model returns the loss itself. reduction: "mean" where the loss of a batch is the mean of those of its parts, else
-    "sum". split: options of the backward split.
-    """
-
-    axis: str = "pp"
-    microbatches: int | str = "auto"
-    schedule: str = "auto"
-    pieces: int = 1
-    memory: int | str | None = None
-    loss: Callable[[Any], torch.Tensor] | None = None
-    reduction: str = "mean"
-    split: BackwardSplit = field(default_factory=BackwardSplit)
-
-    def __post_init__(self) -> None:
-        wrong = isinstance(self.microbatches, str) and self.microbatches != "auto"
-        if wrong or (isinstance(self.microbatches, int) and self.microbatches < 1):
-            raise InputError(f'microbatches must be "auto" or a positive number; found {self.microbatches!r}')
-        if self.schedule != "auto" and self.schedule not in NAMES:
-            raise InputError(f'schedule must be "auto" or one of {", ".join(NAMES)}; found {self.schedule!r}')
-        if self.pieces < 1:
-            raise InputError(f"pieces must be a positive number; found {self.pieces}")
-        if self.reduction not in ("mean", "sum"):
-            raise InputError(f'reduction must be "mean" or "sum"; found {self.reduction!r}')
-        parse_bytes(self.memory)
+__all__ = ["CompiledPipeline", "PipelineParallel", "compile_pipeline", "parse_bytes"]
 
 
 @dataclass(frozen=True)
 class CompiledPipeline:
     """One form of call, ready to run.
 
-    captured: one micro-batch's step; pipeline: its stages; joined: all parts in a row, which was proven equal; schedule: what every
-    rank does; how: why that one; costs: predicted; seconds: wall time of each stage of compilation; passes: those that were run.
+    rows: of every micro-batch; forms: for every number of rows that occurs, the largest first; schedule: what every rank does when;
+    how: why that one; costs: predicted, of the largest micro-batch; seconds: wall time of each stage of compilation.
     """
 
-    captured: Program
-    pipeline: Pipeline
-    joined: Program
+    order: PipelineOrder
+    rows: tuple[int, ...]
+    forms: tuple[Form, ...]
     schedule: Schedule
-    records: tuple[PassRecord, ...]
     costs: PipelineCosts
     how: str
     seconds: Mapping[str, float]
-    passes: tuple[Pass, ...]
-    context: Context
+
+    @property
+    def captured(self) -> Program:
+        """The step of a micro-batch of the largest size."""
+        return self.forms[0].captured
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Its stages."""
+        return self.forms[0].pipeline
+
+    @property
+    def joined(self) -> Program:
+        """All its parts in a row."""
+        return self.forms[0].joined
+
+    @property
+    def records(self) -> tuple[PassRecord, ...]:
+        """What was run and proven, for every size."""
+        return tuple(record for form in self.forms for record in form.records)
+
+    def form_of(self, micro_batch: int) -> int:
+        """Which of the forms a micro-batch has."""
+        return next(i for i, form in enumerate(self.forms) if form.rows == self.rows[micro_batch])
 
     def prove_again(self, level: str) -> Verdict:
-        """Every pass once more, proven to another level; the verdict of the first that is not shown equal, or of the last."""
-        _, records = run_passes(self.captured, self.passes, self.context, level=level)
-        verdicts = [record.verdict for record in records]
+        """Every pass of every form once more; the verdict of the first that is not shown equal, or of the last."""
+        verdicts = [form.prove_again(level) for form in self.forms]
         return next((verdict for verdict in verdicts if verdict.status is not Status.EQUAL), verdicts[-1])
 
 
-def compile_pipeline(
-    model: nn.Module,
-    call: tuple[tuple[Any, ...], dict[str, Any]],
-    tactic: PipelineParallel,
-    ranks: int,
-    microbatches: int,
-    *,
-    train: bool,
-    level: str | None = None,
-) -> CompiledPipeline:
-    """Compile for one micro-batch of the form of ``call`` (args, kwargs).
+def compile_pipeline(order: PipelineOrder, batch: Batch, *, train: bool) -> CompiledPipeline:
+    """Compile for batches of the form of ``batch``. train: the whole step with the loss, else the forward alone.
 
-    train: the whole step with the loss, else the forward alone. Raises InputError, CaptureError, VerificationError.
+    Raises InputError, CaptureError, PlanError, VerificationError.
     """
     start = time.perf_counter()
-    program = _capture(model, call, tactic, microbatches, train=train)
-    captured = time.perf_counter()
-    context = Context(Mesh(((tactic.axis, ranks),)), RuleTable(), Cluster.current())
-    costs = Costs(context.cluster)
-    early: tuple[Pass, ...] = (tactic.split,) if train else ()
-    split, records = run_passes(program, early, context, level=level)
-    stages = 2 * ranks if train and tactic.schedule in (*FOLDED, "interleaved") else ranks
-    forward = partition(split, stages, costs)
-    pieces = weight_pieces(split, forward, tactic.pieces, costs) if train and tactic.pieces > 1 else {}
-    cut = CutStages(forward, pieces)
-    joined, cut_records = run_passes(split, (cut,), context, level=level)
-    pipeline = cut_stages(split, forward, pieces)
-    proven = time.perf_counter()
+    tactic = order.tactic
+    rows = rows_of(batch.rows, tactic.microbatches, order.ranks, order.replicas)
+    first = _forms(order, batch, (max(rows),), train=train)[max(rows)]
+    costs = _costs(first)
+    reason = ""
+    if train and tactic.microbatches == "auto":
+        rows, reason = propose_rows(costs, first, rows, order)
+    forms = _forms(order, batch, rows, train=train, known=first)
+    made = time.perf_counter()
+    ordered = tuple(forms[size] for size in sorted(set(rows), reverse=True))
+    if ordered[0] is not first:
+        costs = _costs(ordered[0])
+    schedule, how = _schedule(order, costs, rows, train=train)
+    if ordered[0].finishes:
+        schedule = finishing(schedule)
+    seconds = {"capture, passes and proof": made - start, "schedule": time.perf_counter() - made}
+    return CompiledPipeline(order, rows, ordered, schedule, costs, how + reason, seconds)
+
+
+def _forms(order: PipelineOrder, batch: Batch, rows: Sequence[int], *, train: bool, known: Form | None = None) -> dict[int, Form]:
+    """The form of every number of rows; the loss of a micro-batch weighs what its rows are of the batch."""
+    found = {known.rows: known} if known is not None else {}
+    first = known
+    for size in sorted(set(rows), reverse=True):
+        if size in found:
+            continue
+        example = batch.cut((size, *([batch.rows - size] if batch.rows > size else [])))[0]
+        share = size / batch.rows if order.tactic.reduction == "mean" else 1.0
+        found[size] = make_form(order, example, size, share, train=train, like=first)
+        if first is None:
+            first = found[size] = with_decisions(found[size])
+    return found
+
+
+def _costs(form: Form) -> PipelineCosts:
+    costs = Costs(form.context.cluster)
     line = LinkCosts(latency=2e-5, send_byte=costs.seconds_per_byte(), receive_byte=costs.seconds_per_byte())
-    known = PipelineCosts(tuple(stage_costs(stage, costs) for stage in pipeline.stages), line, 2e-5)
-    schedule, how = _schedule(tactic, known, ranks, microbatches, train=train)
-    seconds = {"capture": captured - start, "passes and proof": proven - captured, "schedule": time.perf_counter() - proven}
-    passes = (*early, cut)
-    return CompiledPipeline(program, pipeline, joined, schedule, (*records, *cut_records), known, how, seconds, passes, context)
+    return PipelineCosts(tuple(stage_costs(stage, costs) for stage in form.pipeline.stages), line, 2e-5)
 
 
-def _capture(
-    model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], tactic: PipelineParallel, microbatches: int, *, train: bool
-) -> Program:
-    example = Example.of(model, *call)
+def _schedule(order: PipelineOrder, costs: PipelineCosts, rows: Sequence[int], *, train: bool) -> tuple[Schedule, str]:
+    """The schedule and why. InputError where no schedule keeps the memory limit, naming the least that would do."""
+    tactic, ranks, count = order.tactic, order.ranks, len(rows)
+    sizes = tuple(size / max(rows) for size in rows) if len(set(rows)) > 1 else ()
     if not train:
-        return example.capture(Aim(train=False))
-    share = 1.0 / microbatches if tactic.reduction == "mean" else 1.0
-
-    def loss_of(result: Any) -> torch.Tensor:
-        loss = scalar_loss(result, tactic.loss)
-        return loss if share == 1.0 else loss * share
-
-    return example.capture(Aim(train=True, loss_of=loss_of))
-
-
-def _schedule(tactic: PipelineParallel, costs: PipelineCosts, ranks: int, count: int, *, train: bool) -> tuple[Schedule, str]:
-    """The schedule and why."""
-    if not train:
-        return inference(ranks, count), "forwards, one micro-batch after the other"
-    if tactic.schedule != "auto":
-        known = closed_form(tactic.schedule, ranks, count)
-        pieces = [stage.pieces for stage in costs.stages]
-        return (known if max(pieces) == 1 else cut_weights(known, pieces)), f"{tactic.schedule}, as asked for"
+        return inference(ranks, count, sizes), "forwards, one micro-batch after the other"
     limit = parse_bytes(tactic.memory)
+    if tactic.schedule != "auto":
+        known = closed_form(tactic.schedule, ranks, count, sizes=sizes)
+        pieces = [stage.pieces for stage in costs.stages]
+        known = known if max(pieces) == 1 else cut_weights(known, pieces)
+        if limit is not None:
+            _check_memory(costs.applied(known), limit, tactic.schedule)
+        return known, f"{tactic.schedule}, as asked for"
     limits = (float(limit),) * ranks if limit is not None else ()
-    found = synthesise(Problem(costs, tuple(range(ranks)), count, limits))
+    found = synthesise(Problem(costs, tuple(range(ranks)), count, limits, sizes))
     return found.schedule, str(found)
 
 
-def parse_bytes(text: int | str | None) -> int | None:
-    """``"8GB"`` or ``"500 MB"`` as bytes. InputError for what is no size."""
-    if text is None or isinstance(text, int):
-        return text
-    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = text.strip().rstrip("KMGTIBkmgtib ")
-    unit = text.strip()[len(number) :].strip().upper() or "B"
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise InputError(f'memory must be a number of bytes or a size such as "8GB"; found {text!r}') from None
+def _check_memory(schedule: Schedule, limit: int, name: str) -> None:
+    needed = int(max(peak_memory(schedule)))
+    if needed > limit:
+        raise InputError(
+            f"schedule {name!r} holds {needed:,} bytes of activations on a rank, memory allows {limit:,}: allow {needed:,}, leave "
+            'the choice to schedule="auto", or use smaller micro-batches'
+        )

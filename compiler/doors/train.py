@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -14,13 +15,16 @@ from torch.optim import Optimizer
 
 from ...runtime.mesh import Mesh
 from ..capture import Specialisations, capture_step, initial_state
+from ..capture.clip import check_clip_norm
 from ..errors import InputError
 from ..plan.tactics import capturing
 from ..program import Program
 from ..retrace import Retrace
 from .hall import Compiled, compile_program
 from .loaded import Loaded
-from .parallelize import open_session
+from .parallelize import open_session, pipelined_order
+from .pipeline_train import PipelineTrainStep
+from .resident_state import ResidentState
 from .session import Session
 from .threads import single_threaded
 from .watch import state_of
@@ -35,20 +39,27 @@ class TrainStep:
     ``optimizer.param_groups`` as ever. Other hyper-parameters are baked in when the step is compiled.
     """
 
-    def __init__(self, session: Session, optimizer: Optimizer, loss: Callable[[Any], Tensor] | None, capacity: int = 8) -> None:
+    def __init__(
+        self,
+        session: Session,
+        optimizer: Optimizer,
+        loss: Callable[[Any], Tensor] | None,
+        clip_norm: float | None = None,
+        capacity: int = 8,
+    ) -> None:
         self.session = session
         self.optimizer = optimizer
         self._loss = loss
+        self._clip_norm = clip_norm
         self._steps: Specialisations[Loaded] = Specialisations(capacity)
-        self._state = initial_state(session.state.captured, optimizer)
-        self._adopt_state()
+        model = session.state.captured
+        self._state = ResidentState(model, optimizer, initial_state(model, optimizer))
         self.latest: Loaded | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one step on this batch and return the loss, a scalar tensor without gradient."""
         loaded = self.prepare(args, kwargs)
-        for index, group in enumerate(self.optimizer.param_groups):
-            self._state[f"lr:{index}"].fill_(float(group["lr"]))
+        self._state.refresh()
         seed = int(torch.randint(2**62, ())) if loaded.needs_seed else 0
         engine = self.session.engine
         leaves = pytree.tree_leaves((args, kwargs))
@@ -72,22 +83,14 @@ class TrainStep:
 
         def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
             with capturing(self.session.options.tactics):
-                return capture_step(model, self.optimizer, args, kwargs, loss=self._loss)
+                return capture_step(model, self.optimizer, args, kwargs, loss=self._loss, clip_norm=self._clip_norm)
 
         program = step(args, kwargs)
         captured = time.perf_counter() - start
         retrace = Retrace(model, args, kwargs, step=step)
         compiled = compile_program(program, self.session.options, retrace=retrace).timed(capture=captured)
-        tensors = {**state_of(model), **{("state", name): tensor for name, tensor in self._state.items()}}
+        tensors = {**state_of(model), **{("state", name): tensor for name, tensor in self._state.tensors.items()}}
         return Loaded(self.session.engine, compiled, tensors)
-
-    def _adopt_state(self) -> None:
-        """Let the optimizer hold the very tensors that the ranks update, so that its state_dict is true."""
-        names = dict(self.session.state.captured.named_parameters())
-        for full, tensor in self._state.items():
-            key, _, name = full.partition(":")
-            if name in names:
-                self.optimizer.state[names[name]][key] = tensor
 
     @property
     def compiled(self) -> Compiled:
@@ -122,20 +125,35 @@ def train_step(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     loss: Callable[[Any], Tensor] | None = None,
+    clip_norm: float | None = None,
     **options: Any,
-) -> TrainStep:
+) -> TrainStep | PipelineTrainStep:
     """A whole training step on the ranks of a mesh: ``step = train_step(model, "dp=2", optimizer); loss = step(x, y)``.
 
     loss: from the model's result to a scalar tensor; None where the model returns the loss itself, ``.loss`` or ``["loss"]``.
-    optimizer: any torch.optim optimizer that treats every parameter by itself (SGD, Adam, AdamW and their like). The other
-    arguments, and what is raised, are those of ``hocket.parallelize``; UnsupportedError for an optimizer that couples parameters.
+    optimizer: any torch.optim optimizer that treats every parameter by itself (SGD, Adam, AdamW and their like). clip_norm: the
+    largest norm that all gradients together may have, beyond which they are scaled down to it. With an axis ``pp`` the stages of a
+    pipeline update their own parameters; the options of ``PipelineParallel`` apply. The other arguments, and what is raised, are
+    those of ``hocket.parallelize``; UnsupportedError for an optimizer that couples parameters.
     """
-    session = open_session(model, mesh, **options)
+    check_clip_norm(clip_norm)
+    step: TrainStep | PipelineTrainStep
+    pipelined = pipelined_order(model, mesh, options)
+    if pipelined is not None:
+        tactic = pipelined.tactic if loss is None else dataclasses.replace(pipelined.tactic, loss=loss)
+        order = dataclasses.replace(pipelined, tactic=tactic)
+        step = PipelineTrainStep(order, optimizer, options.get("engine", "local"), clip_norm)
+    else:
+        session = open_session(model, mesh, **options)
+        try:
+            step = TrainStep(session, optimizer, loss, clip_norm)
+        except BaseException:
+            session.close()
+            raise
     try:
-        step = TrainStep(session, optimizer, loss)
         if example_args or example_kwargs:
             step.prepare(tuple(example_args), dict(example_kwargs or {}))
     except BaseException:
-        session.close()
+        step.close()
         raise
     return step

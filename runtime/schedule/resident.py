@@ -2,6 +2,7 @@
 
 The request is JSON: the schedule's text, and for every stage its parts (instruction lists with named ports), its messages, and
 where the tensors lie in shared memory: weights and buffers (read in place), inputs, outputs, and one accumulator for each gradient.
+Where several ranks run a stage together, every tensor has a place for each of them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import torch
 from ..communicator import Communicator, SingleCommunicator
 from ..errors import RunError
 from ..executors.flat import FlatExecutor, Monitor
+from ..inner import InnerCommunicator, rank_within
 from ..load import load
+from ..mesh import Mesh
 from ..program import RankProgram
 from .instruction import Schedule
 from .links import CommunicatorLink
 from .run import PipelineRank
-from .stage import Part, Port, Run, StageCode, StageState, ValueSpec
+from .sharing import Sharing, Tie
+from .stage import HELD, Part, Port, Run, StageCode, StageState, ValueSpec
 from .text import parse_schedule
 
 Place = tuple[int, int, Sequence[int], Sequence[int], str]
@@ -34,37 +38,79 @@ class ResidentPipeline:
     """The stages of one rank. view: the tensor at a place of shared memory."""
 
     def __init__(self, request: dict[str, Any], communicator: Communicator, view: View, monitor: Monitor | None = None) -> None:
-        self._held = {Port(kind, name): view(place) for kind, name, place in request["held"]}
-        self._given = [{name: view(place) for name, place in row} for row in request["given"]]
+        inner = None if request["inner"] is None else Mesh(tuple((name, size) for name, size in request["inner"]))
+        axis: str = request["axis"]
+        rank = communicator.mesh.coordinate(communicator.rank)[axis]
+        mine = rank_within(communicator.mesh, inner, communicator.rank)
+        self._communicator = SingleCommunicator() if inner is None else InnerCommunicator(communicator, inner)
+        self._monitor = monitor
+        self._held = {Port(kind, name): view(places[mine]) for kind, name, places, _ in request["held"]}
+        self._writes = {Port(kind, name) for kind, name, _, writers in request["held"] if writers[mine]}
+        self._given = [{name: view(places[mine]) for name, places in row} for row in request["given"]]
         schedule: Schedule = parse_schedule(request["schedule"])
-        mine = schedule.stages_of(communicator.rank)
-        self._states = {stage: self._state(request["stages"][stage], monitor) for stage in mine}
-        self._outputs = [(m, name, view(place)) for m, stage, name, place in request["outputs"] if stage in mine]
-        for stage, name, place in request["gradients"]:
-            if stage in mine:
-                self._states[stage].gradients[name] = view(place)  # it adds up where the controller reads it
-        link = CommunicatorLink(communicator, request["axis"])
-        self._rank = PipelineRank(schedule, communicator.rank, self._states, link)
+        here = schedule.stages_of(rank)
+        self._states = {stage: self._state(request["stages"][stage], request["code_of"]) for stage in here}
+        self._outputs = [
+            (m, name, view(places[mine]))
+            for m, stage, name, places, writers in request["outputs"]
+            if stage in here and writers[mine]
+        ]
+        self._gradients = [
+            (self._states[stage], name, view(places[mine]))
+            for stage, name, places, writers in request["gradients"]
+            if stage in here and writers[mine]
+        ]
+        for state, name, place in self._gradients:
+            if not _makes(state.code.optimizer, "gradient", name):
+                state.gradients[name] = place  # it adds up where the controller reads it
+        link = CommunicatorLink(communicator, axis)
+        sharing = _sharing(request["sharing"])
+        self._rank = PipelineRank(schedule, rank, self._states, link, eager_weights=inner is None, sharing=sharing)
+        self._fresh: list[tuple[Port, torch.Tensor]] = []
 
-    def _state(self, description: dict[str, Any], monitor: Monitor | None) -> StageState:
-        code = stage_code(description, monitor)
-        parts = [code.forward, code.backward, *code.weights]
-        ports = {port for part in parts if part is not None for port in part.inputs}
-        ports |= {Port("buffer", port.name) for port in code.forward.outputs if port.kind == "update"}
-        return StageState(code, {port: value for port, value in self._held.items() if port in ports})
+    def _state(self, descriptions: Sequence[dict[str, Any]], code_of: Sequence[int]) -> StageState:
+        codes = [stage_code(description, self._communicator, self._monitor) for description in descriptions]
+        parts = [part for code in codes for part in code.parts]
+        ports = {port for part in parts for port in part.inputs}
+        updated = {port.name for part in parts for port in part.outputs if port.kind == "update"}
+        held = {port: value for port, value in self._held.items() if port in ports or (port.name in updated and port.kind in HELD)}
+        variants = {m: codes[number] for m, number in enumerate(code_of) if number}
+        return StageState(codes[0], held, variants=variants)
 
     def step(self) -> None:
-        """One step; results and gradients are then in their places."""
+        """One step; results and gradients are then in their places, new values of what is bound wait for ``commit``."""
         try:
             outputs = self._rank.step(self._given)
         except RunError as error:
             raise RunError(_in_stage(error)) from None
         for m, name, target in self._outputs:
             target.copy_(outputs[m][name])
+        for state, name, place in self._gradients:
+            finished = state.finished.get(name)
+            if finished is not None:
+                place.copy_(finished)
+        self._fresh = []
         for state in self._states.values():
             for port, value in state.held.items():
                 if value is not self._held[port]:  # a stage replaces what it updates
-                    state.held[port] = self._held[port].copy_(value)
+                    state.held[port] = self._held[port]
+                    if port in self._writes:
+                        self._fresh.append((port, value))
+
+    def commit(self) -> None:
+        """Write the new values of the latest step, once nobody reads the old ones any more."""
+        for port, value in self._fresh:
+            self._held[port].copy_(value)
+        self._fresh = []
+
+
+def _makes(part: Part | None, kind: str, name: str) -> bool:
+    return part is not None and Port(kind, name) in part.outputs
+
+
+def _sharing(description: dict[str, Any]) -> Sharing:
+    ties = tuple(Tie(name, tuple(givers)) for name, givers in description["ties"])
+    return Sharing(ties, {int(stage): tuple(_spec(*entry) for entry in specs) for stage, specs in description["scalars"].items()})
 
 
 def _in_stage(error: RunError) -> str:
@@ -75,21 +121,23 @@ def _in_stage(error: RunError) -> str:
     return f"{error.instruction} from {error.source or 'an unknown line'}: {type(cause).__name__}: {cause}"
 
 
-def stage_code(description: dict[str, Any], monitor: Monitor | None = None) -> StageCode:
-    """The stage that a request describes."""
+def stage_code(description: dict[str, Any], communicator: Communicator | None = None, monitor: Monitor | None = None) -> StageCode:
+    """The stage that a request describes. communicator: of the ranks that run it together (default: a rank alone)."""
+    network = communicator or SingleCommunicator()
 
     def only(name: str) -> Part | None:
-        return _part(description[name], monitor) if description.get(name) else None
+        return _part(description[name], network, monitor) if description.get(name) else None
 
     forward = only("forward")
     assert forward is not None, "every stage has a forward"
     receives, sends, receives_back, sends_back = (tuple(_spec(*entry) for entry in description[key]) for key in MESSAGES)
-    weights = tuple(_part(part, monitor) for part in description["weights"])
     return StageCode(
         stage=description["stage"],
         forward=forward,
         backward=only("backward"),
-        weights=weights,
+        weights=tuple(_part(part, network, monitor) for part in description["weights"]),
+        share=only("share"),
+        optimizer=only("optimizer"),
         receives=receives,
         sends=sends,
         receives_back=receives_back,
@@ -106,11 +154,11 @@ def _spec(name: str, shape: Sequence[int], dtype: str, stride: Sequence[int]) ->
     return ValueSpec(name, tuple(shape), getattr(torch, dtype), tuple(stride))
 
 
-def _part(description: dict[str, Any], monitor: Monitor | None) -> Part:
+def _part(description: dict[str, Any], communicator: Communicator, monitor: Monitor | None) -> Part:
     program = RankProgram.from_json(description["program"])
     inputs = tuple(Port(kind, name) for kind, name in description["inputs"])
     outputs = tuple(Port(kind, name) for kind, name in description["outputs"])
-    return Part(runner(program, SingleCommunicator(), monitor), inputs, outputs, tuple(description["drops"]))
+    return Part(runner(program, communicator, monitor), inputs, outputs, tuple(description["drops"]))
 
 
 def runner(program: RankProgram, communicator: Communicator, monitor: Monitor | None = None) -> Run:

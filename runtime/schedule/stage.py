@@ -97,6 +97,12 @@ class StageCode:
     receives_back: tuple[ValueSpec, ...] = ()
     sends_back: tuple[ValueSpec, ...] = ()
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of them, in an order in which they can run."""
+        parts = (self.forward, self.backward, *self.weights, self.share, self.optimizer)
+        return tuple(part for part in parts if part is not None)
+
 
 def named(part: Part, results: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """The results of a part that are there, by name."""

@@ -18,10 +18,12 @@ from ....runtime.errors import InputError
 from ....runtime.executors.flat import FlatExecutor
 from ....runtime.inductor import compile_graph, missing_compiler
 from ....runtime.load import load
+from ....runtime.program import RankProgram
 from ....runtime.schedule.stage import HELD, Part, Port, Run, StageCode, StageState, ValueSpec
 from ....runtime.shapes import Form
 from ...emit import emit
-from ...program import Program, Role, RoleKind, Signature, annotate, copy_program, output_node
+from ...layout import replicated
+from ...program import Program, Role, RoleKind, Signature, annotate, copy_program, note, output_node
 from ...stages import PartKind, Pipeline, StagePart, StageProgram, Value
 
 aten = torch.ops.aten
@@ -102,7 +104,7 @@ def as_factors(program: Program) -> tuple[Program, list[Port]]:
 
 def _runner(program: Program, communicator: Communicator) -> Run:
     """The emitted program behind one call; its results in the order of the program's outputs."""
-    emitted = emit(_without_tangents(program))
+    emitted = rank_program(program)
     executor = FlatExecutor(load(emitted, communicator.rank), communicator)
     segment = emitted.segments[0].name
     order = emitted.segment_outputs(segment)
@@ -119,6 +121,19 @@ def _runner(program: Program, communicator: Communicator) -> Run:
         return found
 
     return run
+
+
+def rank_program(program: Program) -> RankProgram:
+    """A part's program for its rank. Values that stay on a rank are what they are there: their layout is not said where a lowered
+    program has none for them."""
+    ready = _without_tangents(program)
+    if ready.mesh is not None:
+        ready, _ = copy_program(ready)
+        whole = (replicated(ready.mesh),)
+        for node in (*ready.placeholders, *ready.results):
+            if node is not None and note(node).layouts is None and isinstance(node.meta["val"], torch.Tensor):
+                annotate(node, layouts=whole, global_shapes=(tuple(int(size) for size in node.meta["val"].shape),))
+    return emit(ready)
 
 
 def _compiled(program: Program) -> Run:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import hocket
 from hocket.compiler.doors.module import session_of
-from hocket.compiler.doors.pipeline import cut_batch
-from hocket.compiler.doors.pipeline_compile import parse_bytes
+from hocket.compiler.doors.pipeline_batch import Batch, rows_of
+from hocket.compiler.doors.pipeline_options import parse_bytes
 from hocket.compiler.errors import InputError
 from hocket.errors import RunError
 
@@ -128,16 +128,38 @@ def test_a_loss_of_the_users_own_and_sums_instead_of_means(batch: tuple[Tensor, 
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_micro_batches_that_do_not_divide_the_batch_are_refused_with_a_way_out() -> None:
-    with pytest.raises(InputError, match=r"8 rows does not divide into 3 micro-batches: use a batch of 9 rows, or microbatches=2"):
-        cut_batch(((torch.randn(8, 2),), {}), 3, 2)
+def test_rows_that_do_not_divide_are_spread_with_the_small_micro_batches_at_both_ends() -> None:
+    assert rows_of(18, 4, 2) == (4, 5, 5, 4)
+    assert rows_of(8, 3, 2) == (2, 3, 3)
+    assert rows_of(7, "auto", 2) == (1, 2, 2, 2)
+    assert rows_of(16, (5, 4, 4, 3), 2) == (5, 4, 4, 3)
+    assert rows_of(12, 4, 2, replicas=2) == (2, 4, 4, 2)
 
 
-def test_automatic_micro_batches_divide_the_batch() -> None:
+@pytest.mark.parametrize(
+    ("rows", "wanted", "replicas", "message"),
+    [
+        (3, 4, 1, "no 4 micro-batches: ask for at most microbatches=3"),
+        (6, 4, 2, "of at least 2 rows, one for each replica: ask for at most microbatches=3"),
+        (16, (5, 4, 4), 1, r"are 13 rows, the batch has 16: 3 micro-batches of it could be \[5, 6, 5\]"),
+        (7, "auto", 2, "cannot be shared by 2 replicas of each stage: use a batch of 8 rows, or of 6"),
+        (8, (5, 3), 2, "a micro-batch of 5 rows cannot be shared by 2 replicas"),
+    ],
+)
+def test_micro_batches_that_cannot_be_are_refused_with_a_way_out(rows: int, wanted: object, replicas: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rows_of(rows, wanted, 2, replicas)
+
+
+def test_micro_batches_are_rows_of_every_tensor_of_the_batch() -> None:
     x, flag = torch.arange(6), torch.tensor(1.0)
-    calls = cut_batch(((x, 3), {"flag": flag}), "auto", 2)
+    calls = Batch((x, 3), {"flag": flag}).cut(rows_of(6, "auto", 2))
     assert [call[0][0].tolist() for call in calls] == [[0, 1], [2, 3], [4, 5]]
     assert all(call[0][1] == 3 and call[1]["flag"] is flag for call in calls)
+    with pytest.raises(InputError, match="no tensor with a dimension"):
+        Batch((flag,), {})
+    with pytest.raises(InputError, match="at least one row"):
+        Batch((torch.empty(0, 3),), {})
 
 
 def test_more_stages_than_layers_is_refused_with_the_most_that_would_work() -> None:
@@ -180,10 +202,12 @@ def test_stages_are_of_equal_work_and_no_call_is_torn_from_its_results() -> None
 
 
 def test_what_a_pipeline_cannot_do_is_refused_by_name(batch: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(InputError, match="mesh of that axis alone"):
-        hocket.parallelize(Net(), "pp=2,tp=2", engine="sim")
-    with pytest.raises(InputError, match=r"trained with its train_step"):
-        hocket.train_step(Net(), "pp=2", torch.optim.SGD(Net().parameters()), engine="sim")
+    with pytest.raises(InputError, match="a pipeline takes no memory_limit"):
+        hocket.parallelize(Net(), "pp=2", engine="sim", memory_limit=10**6)
+    with pytest.raises(InputError, match="no SplitBackward beside it"):
+        hocket.parallelize(Net(), "pp=2", engine="sim", tactics=[hocket.PipelineParallel(), hocket.SplitBackward()])
+    with pytest.raises(InputError, match="an axis 'tp' beside the pipeline's"):
+        hocket.parallelize(Net(), "pp=2", engine="sim", tactics=[hocket.TensorParallel("tp")])
     with (
         hocket.parallelize(Net(layers=2), "pp=2", engine="sim") as stages,
         pytest.raises(InputError, match="train with train_step"),

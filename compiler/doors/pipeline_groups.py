@@ -1,0 +1,133 @@
+"""All stages of a pipeline in this process where ranks share each of them: every part runs for all ranks of its stage at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...runtime.executors.lockstep import lockstep_executor
+from ...runtime.mesh import Mesh
+from ...runtime.pieces import cut
+from ...runtime.program import RankProgram
+from ...runtime.schedule.group import Row, StageGroup, Together
+from ...runtime.schedule.stage import HELD, Part, Port, StageCode, StageState, ValueSpec
+from ..program import RoleKind
+from ..stages import PartKind, StagePart, StageProgram, Value
+from .pipeline_compile import CompiledPipeline
+from .pipeline_request import Programs, fed, held_layouts, updated_ports
+
+
+def groups_of(compiled: CompiledPipeline, programs: Programs, tensors: Mapping[Port, torch.Tensor]) -> list[StageGroup]:
+    """One group per stage. tensors: whole parameters, buffers, states and constants; pieces of them are views."""
+    inner = compiled.order.inner
+    assert inner is not None, "a mesh of the pipeline's axis alone needs no groups"
+    layouts = held_layouts(compiled, programs)
+    pieces = {port: cut(tensor.detach(), layouts[port], inner) for port, tensor in tensors.items() if port in layouts}
+    given = {name: slot.layout for name, slot in fed(compiled)[0].items()}
+    return [_group(compiled, programs, stage, pieces, given) for stage in range(len(compiled.pipeline.stages))]
+
+
+def _group(
+    compiled: CompiledPipeline,
+    programs: Programs,
+    number: int,
+    pieces: Mapping[Port, Sequence[torch.Tensor]],
+    given: Mapping[str, tuple[str, ...]],
+) -> StageGroup:
+    inner = compiled.order.inner
+    assert inner is not None
+    together: dict[int, Together] = {}
+    stages = [form.pipeline.stages[number] for form in compiled.forms]
+    codes = [_code(stage, programs, together) for stage in stages]
+    kinds = [role for stage in stages for part in stage.parts for role in part.program.signature.inputs]
+    ports = {Port(role.kind.value, role.name) for role in kinds if role.kind.value in HELD}
+    changed = {
+        role.name
+        for stage in stages
+        for part in stage.parts
+        for role in part.program.signature.outputs
+        if role.kind is RoleKind.UPDATE
+    } & updated_ports(compiled)
+    held = {port: found for port, found in pieces.items() if port in ports or port.name in changed}
+    variants = {m: codes[form] for m in range(len(compiled.rows)) if (form := compiled.form_of(m))}
+    members = [
+        StageState(codes[0], {port: found[rank] for port, found in held.items()}, variants=variants) for rank in range(inner.size)
+    ]
+    returned = {
+        port.name: tuple(port.layout)
+        for part in stages[0].parts
+        for port in programs[id(part)].outputs
+        if port.kind == RoleKind.OUTPUT.value
+    }
+    wide = {m: _for_all(code, inner) for m, code in variants.items()}
+    return StageGroup(_for_all(codes[0], inner), inner, members, together, given, returned, wide)
+
+
+def _code(stage: StageProgram, programs: Programs, together: dict[int, Together]) -> StageCode:
+    def part_of(part: StagePart) -> Part:
+        signature, program = part.program.signature, programs[id(part)]
+        made = Part(
+            _alone,
+            tuple(Port(role.kind.value, role.name) for role in signature.inputs),
+            tuple(Port(role.kind.value, role.name) for role in signature.outputs),
+            part.drops,
+        )
+        together[id(made)] = _run(program)
+        return made
+
+    def only(kind: PartKind) -> Part | None:
+        parts = stage.of(kind)
+        return part_of(parts[0]) if parts else None
+
+    forward = only(PartKind.FORWARD)
+    assert forward is not None, "every stage has a forward"
+    return StageCode(
+        stage=stage.stage,
+        forward=forward,
+        backward=only(PartKind.BACKWARD_INPUT),
+        weights=tuple(map(part_of, stage.of(PartKind.BACKWARD_WEIGHT))),
+        share=only(PartKind.SHARE),
+        optimizer=only(PartKind.OPTIMIZER),
+        receives=_specs(stage.receives),
+        sends=_specs(stage.sends),
+        receives_back=_specs(stage.receives_back),
+        sends_back=_specs(stage.sends_back),
+    )
+
+
+def _alone(_: Row) -> Row:
+    raise AssertionError("a part of a group runs for all its ranks together")
+
+
+def _specs(values: Sequence[Value]) -> tuple[ValueSpec, ...]:
+    return tuple(ValueSpec(value.name, value.shape, value.dtype, value.stride) for value in values)
+
+
+def _for_all(code: StageCode, inner: Mesh) -> StageCode:
+    """The code of one rank with the messages of all."""
+    return dataclasses.replace(
+        code,
+        receives=code.receives * inner.size,
+        sends=code.sends * inner.size,
+        receives_back=code.receives_back * inner.size,
+        sends_back=code.sends_back * inner.size,
+    )
+
+
+def _run(program: RankProgram) -> Together:
+    """A program on all ranks of its mesh; results of each in the order of its output ports."""
+    executor = lockstep_executor(program)
+    segment = program.segments[0].name
+    order = program.segment_outputs(segment)
+
+    def run(rows: Sequence[Row]) -> list[list[torch.Tensor | None]]:
+        results = executor.run(executor.open(rows), segment)  # type: ignore[arg-type]  # either kind, with its own kind of frame
+        found: list[list[torch.Tensor | None]] = [[None] * len(program.outputs) for _ in rows]
+        for row, mine in zip(results, found, strict=True):
+            for port, value in zip(order, row, strict=True):
+                mine[port] = value
+        return found
+
+    return run
