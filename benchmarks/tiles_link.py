@@ -1,74 +1,74 @@
-"""A link between two rank processes that moves bytes by itself, emulated: shared memory whose signals arrive late."""
+"""A link between two rank processes that moves bytes by itself: a product and its reduce-scatter over it, in every form."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hocket.runtime.executors.tile_runner import AxisLoops
-from hocket.runtime.executors.tiles import LoopRun, ReadyLoop
+from hocket.runtime.executors.tile_ready import ReadyLoop
+from hocket.runtime.executors.tile_runner import TileRunner
+from hocket.runtime.link import LinkCommunicator
+from hocket.runtime.tile_loop import TileLoop
+from hocket.runtime.transports.link import LinkSpec, LinkTransport
+
+if TYPE_CHECKING:
+    from tiles_ranks import Bench
+
+Form = tuple[int, int, bool]
+"""Tiles a chunk, their growth, and whether ranks compute their own chunk first."""
 
 
-class EmulatedLink:
-    """Shared memory whose signals arrive late; no CPU is used while they travel."""
+class LinkBench:
+    """One rank's end of a link over the shared memory of its ``Bench``. Loops of both follow each other on the same signals."""
 
-    def __init__(self, bench: Any, arrivals: Any, line: tuple[float, float]) -> None:
-        """bench: the rank's ``Bench``; arrivals: times of arrival by slot, at every rank; line: alpha and beta."""
-        self.bench, self.arrivals, (self.alpha, self.beta) = bench, arrivals, line
-        self.free = 0.0
-        self.axis = bench.shm.mesh.names[0]
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.communicator = LinkCommunicator(bench.shm, LinkTransport(bench.shm.transport, LinkSpec(0.0, 1e12)))
+        self.runner = TileRunner(self.communicator, self.communicator.transport, bench.runner.axes)
 
-    def send(self, peer: int, slot: int, value: int, nbytes: float) -> None:
-        """Signal that arrives late."""
-        self.free = max(time.perf_counter(), self.free) + self.beta * nbytes
-        self.arrivals.at(peer)[slot] = self.free + self.alpha
-        self.bench.transport.signal(peer, slot, value, self.axis)
+    def contenders(
+        self, loop: TileLoop, shape: Sequence[int], forms: Sequence[Form], line: tuple[float, float]
+    ) -> dict[str, Callable[[], Any]]:
+        """The product alone, product and collective one after the other, and the loop in every form. line: seconds a message and a
+        byte."""
+        transport = self.communicator.transport
+        transport.spec = transport.wire.spec = LinkSpec(line[0], 1 / max(line[1], 1e-15))
+        m, k, n = shape
+        torch.manual_seed(self.bench.rank)
+        x, w, out = torch.randn(m, k // loop.parts) / 8, torch.randn(k // loop.parts, n) / 8, torch.empty(m, n)
+        link, axis = self.communicator, loop.axis
+        found: dict[str, Callable[[], Any]] = {
+            "product alone": lambda: torch.mm(x, w, out=out),
+            "apart": lambda: link.wait(link.reduce_scatter(torch.mm(x, w), "sum", axis)),
+        }
+        for tiles, growth, eager in forms:
+            ready = ReadyLoop(dataclasses.replace(loop, tiles=tiles, growth=growth, eager=eager), self.bench.site)
+            found[name_of((tiles, growth, eager))] = lambda ready=ready: self.runner.run(ready, (x, w))  # type: ignore[misc]
+        return found
 
-    def wait(self, peer: int, slot: int, value: int) -> None:
-        """Wait for the signal, then for its arrival."""
-        self.bench.transport.wait(peer, slot, value, self.axis)
-        there = float(self.arrivals.local[slot])
-        left = there - time.perf_counter()
-        if left > 2e-4:
-            time.sleep(left - 1.5e-4)
-        while time.perf_counter() < there:
-            pass
 
-    def loop(self, ready: ReadyLoop, operands: tuple[torch.Tensor, ...]) -> None:
-        """A tile loop over the link."""
-        run = LoopRun(ready, self.bench.rank, self._next(), operands)
-        run.memory = self._buffer(run.arena_bytes)
-        each = run.chunk_bytes / ready.loop.tiles
-        for step in run.work():
-            if step.kind == "signal":
-                self.send(step.peer, step.slot, step.value, each)
-            else:
-                self.wait(step.peer, step.slot, step.value)
-        run.results()
+def name_of(form: Form) -> str:
+    """Of a contender."""
+    tiles, growth, eager = form
+    return f"{tiles} {'growing ' * (growth > 1)}tile{'s' * (tiles > 1)}{', own chunk first' * eager}"
 
-    def apart(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        """The product, then the ring: the same bytes, nothing hidden."""
-        parts, rank, y = self.bench.parts, self.bench.rank, torch.mm(x, w)
-        chunks = y.chunk(parts)
-        base = self._next() * (parts + 1)
-        memory = self._buffer(2 * y.nbytes)
-        inbox = [memory.at(p)[: chunks[0].nbytes].view(y.dtype).view(chunks[0].shape) for p in range(parts)]
-        for step in range(parts - 1):
-            peer, chunk = (rank + 1) % parts, (rank - 1 - step) % parts
-            held = chunks[chunk] if not step else chunks[chunk] + inbox[rank]
-            inbox[peer].copy_(held)
-            self.send(peer, chunk, base + step + 1, held.nbytes)
-            self.wait((rank - 1) % parts, (rank - 2 - step) % parts, base + step + 1)
-        torch.add(chunks[rank], inbox[rank])
 
-    def _next(self) -> int:
-        """Epochs of the link follow those of the runner, whose signal slots it shares."""
-        axis = self.bench.runner.axes.setdefault(self.axis, AxisLoops())
-        axis.epoch += 1
-        return axis.epoch - 1
+def first_share(tiles: int, growth: int) -> float:
+    """The part of a chunk that its first tile is."""
+    return 1 / sum(growth**k for k in range(tiles))
 
-    def _buffer(self, nbytes: int) -> Any:
-        axis = self.bench.runner.axes.setdefault(self.axis, AxisLoops())
-        return self.bench.runner.buffer(axis, self.axis, nbytes)
+
+def bound(alone: float, wire: float, first: float) -> float:
+    """The part of what a link adds that loops of two ranks can hide at most. While the first of the peer's tiles (``first`` of them)
+    is computed nothing travels; after that the slower of the two sets the pace."""
+    fastest = max(alone, alone / 2 * first + wire)
+    return (alone + wire - fastest) / (alone + wire - max(alone, wire))
+
+
+def median_of(found: dict[str, list[float]]) -> dict[str, float]:
+    """Per contender."""
+    return {name: statistics.median(times) for name, times in found.items()}

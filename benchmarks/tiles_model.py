@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
-from tiles_ranks import AXIS, Ranks
+from tiles_ranks import AXIS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hocket.compiler.contract import Context
-from hocket.compiler.cost.calibrate import fit_line, wire_share
-from hocket.compiler.cost.cluster import Cluster, Line
+from hocket.compiler.cost.calibrate import calibrate
+from hocket.compiler.cost.cluster import Cluster
+from hocket.compiler.cost.tile_timing import LoopTimer
+from hocket.compiler.cost.timing import CollectiveTimer
 from hocket.compiler.layout import Shard
 from hocket.compiler.program import NOTE, Note, Program, Role, RoleKind, Signature
-from hocket.compiler.redistribute import StepKind
 from hocket.compiler.rules.table import RuleTable
-from hocket.compiler.tiles import is_tile_loop
+from hocket.compiler.tiles import TileLoop, is_tile_loop, loop_of
 from hocket.passes.tiles.fuse import FuseTiles
+from hocket.runtime.engines.local import LocalEngine
 from hocket.runtime.mesh import Mesh
 
 c10d = torch.ops._c10d_functional
-SIZES = (1 << 14, 1 << 18, 1 << 20, 1 << 22)
 
 
-def measured_cluster(ranks: Ranks, repeats: int) -> Cluster:
-    """This machine as the cost model sees it, measured in this run."""
-    base = Cluster.default()
-    flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        times = ranks.times("products", [(256, 256, 256)], dtype, repeats)
-        flops[str(dtype).removeprefix("torch.")] = 2 * 256**3 / statistics.median(next(iter(times.values())))
-    lines: dict[StepKind, Line] = dict(base.collectives)
-    for kind in (StepKind.REDUCE_SCATTER, StepKind.ALL_REDUCE, StepKind.ALL_GATHER):
-        times = ranks.times("collective", kind.value, SIZES, repeats)
-        share = wire_share(kind, ranks.parts)
-        slope, start = fit_line({share * int(size): statistics.median(found) for size, found in times.items()})
-        lines[kind] = Line(start, slope)
-    return Cluster("cpu", flops, base.memory_bandwidth, base.op_overhead, lines)
+def calibrated() -> Cluster:
+    """This machine as ``hocket calibrate`` sees it."""
+    with LocalEngine(Mesh(((AXIS, 2),)), threads=1) as engine:
+        return calibrate(CollectiveTimer(engine), LoopTimer(engine), dtypes=(torch.float32, torch.bfloat16))
 
 
 def product_program(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, parts: int) -> Program:
@@ -80,6 +70,18 @@ def is_fused(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, cluster
     program = product_program(kind, shape, dtype, 2)
     assert program.mesh is not None
     return any(map(is_tile_loop, FuseTiles()(program, Context(program.mesh, rules, cluster)).nodes))
+
+
+def chosen_form(
+    kind: str, shape: tuple[int, int, int], dtype: torch.dtype, cluster: Cluster, rules: RuleTable
+) -> tuple[TileLoop, float]:
+    """The loop that the pass makes of a product whatever it gains, and the seconds it predicts."""
+    program = product_program(kind, shape, dtype, 2)
+    assert program.mesh is not None
+    fused = FuseTiles(least_gain=-1e9)(program, Context(program.mesh, rules, cluster))
+    (node,) = [node for node in fused.nodes if is_tile_loop(node)]
+    (text,) = [d.reason for d in fused.decisions if d.applied]
+    return loop_of(node), float(text.split(" -> ")[1].split(" us")[0]) * 1e-6
 
 
 @dataclass(frozen=True)

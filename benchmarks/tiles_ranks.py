@@ -7,6 +7,7 @@ slowest rank.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import time
@@ -15,12 +16,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from tiles_link import EmulatedLink
+from tiles_link import Form, LinkBench
 
 from hocket.runtime.exchange import exchange_bytes
 from hocket.runtime.executors.flat import FlatExecutor
+from hocket.runtime.executors.tile_ready import ReadyLoop
 from hocket.runtime.executors.tile_runner import TileRunner
-from hocket.runtime.executors.tiles import LoopRun, ReadyLoop
+from hocket.runtime.executors.tiles import LoopRun
 from hocket.runtime.load import load
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.program import RankProgram
@@ -28,6 +30,7 @@ from hocket.runtime.rendezvous import connect_local
 from hocket.runtime.shm import ShmCommunicator
 from hocket.runtime.templates import Site
 from hocket.runtime.tile_loop import Call, Cut, Read, Result, TileLoop
+from hocket.runtime.zygote import keep_freed_memory
 
 AXIS = "tp"
 Contender = Callable[[], object]
@@ -101,6 +104,7 @@ class Ranks:
 
 def _serve(mesh: Mesh, rank: int, shared: tuple[int, int], pipe: Connection) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory(ctypes.CDLL(None))  # as ranks of an engine do
     communicator = connect_local(mesh, rank, shared, torch.device("cpu"), 120.0)
     assert isinstance(communicator, ShmCommunicator)
     bench = Bench(communicator)
@@ -123,6 +127,7 @@ class Bench:
         self.rank, self.parts = communicator.rank, communicator.mesh.size
         self.site = Site.of(communicator.mesh, self.rank)
         self.runner = TileRunner.of(communicator)
+        self._link: LinkBench | None = None
 
     def turns(self, contenders: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
         """Every contender in every round, after a round to warm up."""
@@ -229,7 +234,7 @@ class Bench:
         ready = ReadyLoop(product_loop(kind, self.parts, m), self.site)
         before = self.shm.wire.total
         self.runner.run(ready, (x, w))
-        return float(self.shm.wire.total - before), LoopRun(ready, 0, 0, (x, w)).needs[1]
+        return float(self.shm.wire.total - before), LoopRun(ready, 0, 0, (x, w)).sizes.delivered
 
     def program(self, texts: dict[str, str], inputs: Sequence[tuple[tuple[int, ...], str]], repeats: int) -> Any:
         """Whole programs: name -> instruction list; ``gloo ...`` runs over gloo. inputs: (local shape, dtype) per port."""
@@ -254,19 +259,9 @@ class Bench:
 
         return run
 
-    def link(self, shape: Sequence[int], tiles: Sequence[int], alpha: float, beta: float, repeats: int) -> Any:
-        """mm -> reduce_scatter where what a rank signals is seen ``alpha + beta * bytes`` later, one message after the other."""
-        m, k, n = shape
-        torch.manual_seed(self.rank)
-        x, w = torch.randn(m, k // self.parts) / 8, torch.randn(k // self.parts, n) / 8
-        arrivals = self.transport.symmetric("arrivals", (1024,), torch.float64, AXIS)
-        link = EmulatedLink(self, arrivals, (alpha, beta))
-        out = torch.empty(m, n)
-        contenders: dict[str, Contender] = {"product alone": lambda: torch.mm(x, w, out=out)}
-        contenders["apart"] = lambda: link.apart(x, w)
-        for number in tiles:
-            ready = ReadyLoop(product_loop("reduce_scatter", self.parts, m, number), self.site)
-            contenders[str(number)] = lambda ready=ready: link.loop(ready, (x, w))  # type: ignore[misc]
-        found = self.turns(contenders, repeats)
-        self.transport.release(arrivals)
-        return found
+    def link(self, shape: Sequence[int], forms: Sequence[Form], line: tuple[float, float], repeats: int) -> Any:
+        """mm -> reduce_scatter over an emulated link. line: seconds a message and a byte."""
+        if self._link is None:
+            self._link = LinkBench(self)
+        loop = product_loop("reduce_scatter", self.parts, shape[0])
+        return self.turns(self._link.contenders(loop, shape, forms, line), repeats)

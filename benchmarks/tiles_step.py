@@ -9,6 +9,7 @@ from tiles_ranks import AXIS, Ranks
 from torch import Tensor, nn
 
 import hocket
+from hocket.compiler.cost.cluster import Cluster
 from hocket.compiler.doors.hall import Options, compile_program
 from hocket.compiler.doors.overlap import OverlapTiles
 from hocket.compiler.layout import local_shape, parse_placement
@@ -37,7 +38,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.second(x))))
 
 
-def step_rows(ranks: Ranks, repeats: int, *, with_bf16: bool) -> list[Row]:
+def step_rows(ranks: Ranks, cluster: Cluster, repeats: int, *, with_bf16: bool) -> list[Row]:
     """fp32, and bf16 where the machine has a unit for it."""
     rows = []
     width, length = 256, 128
@@ -48,7 +49,7 @@ def step_rows(ranks: Ranks, repeats: int, *, with_bf16: bool) -> list[Row]:
         program = hocket.capture(model, (x,))
         texts, inputs, loops = {}, [], 0
         for name, tactics in (("apart", [TensorParallel(AXIS)]), ("loops", [TensorParallel(AXIS), OverlapTiles()])):
-            options = Options(ranks.mesh, tactics=tactics, level="off")
+            options = Options(ranks.mesh, tactics=tactics, level="off", cluster=cluster)
             compiled = compile_program(program, options)
             texts[name] = compiled.instructions.to_json()
             inputs = ports(compiled.instructions, ranks)

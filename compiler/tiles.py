@@ -25,7 +25,9 @@ from ..runtime.mesh import Mesh
 from ..runtime.ops import overload_of
 from ..runtime.templates import Site, encode_constant, fold
 from ..runtime.tile_loop import (
+    MOST_SLOTS,
     MOST_TILES,
+    SUMMED,
     Call,
     Cut,
     Read,
@@ -35,21 +37,25 @@ from ..runtime.tile_loop import (
     read_tile_loop,
     tile_loop_op,
 )
-from ..runtime.tile_schedule import check_schedule
+from ..runtime.tile_schedule import Step, check_schedule, steps
 from .program import NOTE, Note, Program, graph_module, note
 
 __all__ = [
+    "MOST_SLOTS",
     "MOST_TILES",
+    "SUMMED",
     "Call",
     "Cut",
     "Read",
     "Result",
+    "Step",
     "TileLoop",
     "check_schedule",
     "check_tile_loop",
     "encode_constant",
     "is_tile_loop",
     "loop_of",
+    "steps",
     "tile_loop_op",
     "written_out",
 ]

@@ -23,8 +23,9 @@ from .exchange import exchange_bytes
 from .faults import AFTERWARDS, Evidence, describe_exit, diagnose
 from .fence import new_fence
 from .launcher import RankProcess, launcher
+from .mailbox import Outbox
 from .mesh import Mesh
-from .monitor import Mailflag, Position, read_page
+from .monitor import Position, read_page
 from .program import RankProgram
 
 HOLD_BACK = 0.3
@@ -73,7 +74,7 @@ class Crew:
     """Ranks of one mesh. Not thread-safe; the engine holds a lock."""
 
     def __init__(self, mesh: Mesh, config: dict[str, Any], limits: Limits) -> None:
-        """Start the ranks and wait until their groups are up. ``config``: threads, devices (one per rank), hook."""
+        """Start the ranks and wait until their groups are up. ``config``: threads, devices (one per rank), hook, link."""
         self.mesh = mesh
         self.limits = limits
         self.owner = os.getpid()
@@ -83,6 +84,7 @@ class Crew:
         self._rounds: dict[int, _Round] = {}
         self._poll = select.poll()
         self._by_fd: dict[int, tuple[RankProcess, Callable[[RankProcess], None]]] = {}
+        self._everybody = set(range(mesh.size))
         self._failures: dict[int, dict[str, Any]] = {}
         self._dead: dict[int, str] = {}
         self._silent: set[int] = set()
@@ -92,10 +94,10 @@ class Crew:
             self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], shared, limits.start)
         finally:
             wire.close_all(shared)
-        self._flags = [Mailflag(rank.page) for rank in self.ranks]
+        self._boxes = [Outbox(rank.page) for rank in self.ranks]
         self._fence = new_fence()
         self._watch()
-        self._rounds[0] = _Round(set(range(mesh.size)), {}, {})
+        self._rounds[0] = _Round(self._everybody.copy(), {}, {})
         self.wait(0, limits.start)
 
     def _config(self, rank: int, config: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +107,7 @@ class Crew:
             "threads": config["threads"],
             "device": config["devices"][rank],
             "hook": config["hook"],
+            "link": config.get("link", ""),
             "timeout": 2 * max(self.limits.first, self.limits.step) + 60,
         }
 
@@ -131,25 +134,47 @@ class Crew:
         """Send a message to every rank (its sequence number is set here) and return its number."""
         self.check_open()
         self._sequence += 1
-        packet = packet._replace(sequence=self._sequence)
+        packet = wire.Packet(packet.op, packet.handle, self._sequence, packet.ticket, packet.payload)
         if answered:
-            self._rounds[self._sequence] = _Round(set(range(self.mesh.size)), {}, {}, packet.op in _BY_PAGE)
+            self._rounds[self._sequence] = _Round(self._everybody.copy(), {}, {}, packet.op in _BY_PAGE)
         try:
-            data = wire.encode(packet)
-            for rank, flag in zip(self.ranks, self._flags, strict=True):
-                try:
-                    wire.send_encoded(rank.sock, data, descriptors)
-                    flag.posted(self._sequence)
-                except wire.Closed:
-                    self._silent.add(rank.rank)
-                except BlockingIOError:
-                    raise self._fail(stalled=self.limits.step) from None
+            self._send(wire.encode(packet), descriptors)
         except BaseException:
             self.kill("it was interrupted")
             raise
         if self._silent:
             raise self._fail()
         return self._sequence
+
+    def _send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        number = self._sequence
+        for rank, box in zip(self.ranks, self._boxes, strict=True):
+            try:
+                if box.is_full(number):
+                    self._make_room(box, number)
+                parcel = box.put(number, data, by_socket=bool(descriptors))
+                if parcel is not None:
+                    wire.send_encoded(rank.sock, parcel, descriptors)
+            except wire.Closed:
+                self._silent.add(rank.rank)
+            except BlockingIOError:
+                raise self._fail(stalled=self.limits.step) from None
+
+    def _make_room(self, box: Outbox, number: int) -> None:
+        """Wait until a rank has taken older letters out of its box."""
+        deadline = time.monotonic() + self.limits.step
+        while box.is_full(number):
+            self._listen(LOOK_EVERY / 50)
+            if time.monotonic() > deadline:
+                raise self._fail(stalled=self.limits.step)
+
+    def _listen(self, seconds: float) -> None:
+        """Take in what ranks send within some seconds at most. Raises RunError when one of them has failed."""
+        for descriptor, _ in self._poll.poll(seconds * 1000):
+            rank, action = self._by_fd[descriptor]
+            action(rank)
+        if self._failures or self._dead or self._silent:
+            raise self._fail()
 
     def wait(self, sequence: int, patience: float) -> dict[int, wire.Packet]:
         """The answers of all ranks to one message. Raises RunError for any failure; then, and on Ctrl-C, the ranks are gone."""
@@ -166,41 +191,38 @@ class Crew:
     def _look(self, sequence: int, current: _Round) -> bool:
         """Look at the pages for a moment; whether all ranks are done."""
         end = time.monotonic() + SPIN
-        while True:
-            for rank in tuple(current.missing):
-                if self._flags[rank].done() >= sequence:
-                    current.missing.discard(rank)
-            if not current.missing:
-                return True
-            if time.monotonic() > end:
+        waiting = [self._boxes[rank] for rank in current.missing]
+        while waiting:
+            if waiting[-1].done() >= sequence:
+                waiting.pop()
+            elif time.monotonic() > end:
                 return False
-            os.sched_yield()
+            else:
+                os.sched_yield()
+        current.missing.clear()
+        return True
 
     def _doze(self, current: _Round, patience: float) -> None:
         """Sleep until something happens, again and again, until all ranks have answered."""
         watch = _Patience(patience)
-        for flag in self._flags:
-            flag.sleep(1)
+        for box in self._boxes:
+            box.sleep(1)
         self._fence()
         while True:
             self._read_pages()
             if not current.missing:
                 break
-            for descriptor, _ in self._poll.poll(LOOK_EVERY * 1000):
-                rank, action = self._by_fd[descriptor]
-                action(rank)
-            if self._failures or self._dead or self._silent:
-                raise self._fail()
+            self._listen(LOOK_EVERY)
             if current.missing and watch.due():
                 stalled = watch.look(self.positions())
                 if stalled or self._disagree():
                     raise self._fail(stalled=stalled)
-        for flag in self._flags:
-            flag.sleep(0)
+        for box in self._boxes:
+            box.sleep(0)
 
     def _read_pages(self) -> None:
         """Ranks that say on their page that they are done are missing no more."""
-        done = [flag.done() for flag in self._flags]
+        done = [box.done() for box in self._boxes]
         for sequence, current in self._rounds.items():
             if current.by_page:
                 current.missing.difference_update([rank for rank in current.missing if done[rank] >= sequence])
@@ -290,8 +312,8 @@ class Crew:
         deadline = time.monotonic() + SHUTDOWN
         for rank in self.ranks:
             rank.wait_gone(deadline)
-        for rank, flag in zip(self.ranks, self._flags, strict=True):
-            flag.release()
+        for rank, box in zip(self.ranks, self._boxes, strict=True):
+            box.release()
             rank.release()
         for current in self._rounds.values():
             wire.close_all(list(current.files.values()))
@@ -302,11 +324,11 @@ class Crew:
             return
         deadline = time.monotonic() + SHUTDOWN
         try:
-            for rank in self.ranks:
-                wire.send(rank.sock, wire.Packet(wire.Op.CLOSE, 0, self._sequence + 1, 0))
+            self._sequence += 1
+            self._send(wire.encode(wire.Packet(wire.Op.CLOSE, 0, self._sequence, 0)))
             for rank in self.ranks:
                 rank.wait_gone(deadline)
-        except (wire.Closed, BlockingIOError):
+        except RunError:
             pass  # some rank is gone already; the rest is ended below
         finally:
             self.kill("it was closed")

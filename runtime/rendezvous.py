@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .communicator import Communicator, SingleCommunicator
 from .exchange import SPIN_ALONE, SPIN_CROWDED, Exchange, is_available
 from .gloo import GlooCommunicator
+from .link import over_link
 from .mesh import Mesh
 from .shm import ShmCommunicator
 from .wire import close_all
@@ -27,11 +28,14 @@ def backend_for(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def connect_local(mesh: Mesh, rank: int, shared: tuple[int, int], device: torch.device, timeout: float) -> Communicator:
+def connect_local(
+    mesh: Mesh, rank: int, shared: tuple[int, int], device: torch.device, timeout: float, *, link: str = ""
+) -> Communicator:
     """Join the ranks that inherited the same files. On the CPU they talk through shared memory where that is possible.
 
     shared: descriptors of the file in which they find each other, and of the one through which tensors travel (``exchange``).
-    timeout: seconds for the meeting and for any single collective.
+    timeout: seconds for the meeting and for any single collective; link: a network to emulate in that memory, such as
+    ``link:20us,1GB/s`` (``transports.link``), "" for none.
     """
     store_fd, exchange_fd = shared
     if mesh.size == 1:
@@ -46,7 +50,8 @@ def connect_local(mesh: Mesh, rank: int, shared: tuple[int, int], device: torch.
     gloo = GlooCommunicator(mesh, timeout)
     if not is_available(device):
         os.close(exchange_fd)
-        return cast(Communicator, gloo)
+        return cast(Communicator, over_link(gloo, link) if link else gloo)
     crowded = mesh.size * torch.get_num_threads() > len(os.sched_getaffinity(0))
     exchange = Exchange(exchange_fd, mesh, rank, SPIN_CROWDED if crowded else SPIN_ALONE)
-    return ShmCommunicator(gloo, exchange, timeout)
+    shm = ShmCommunicator(gloo, exchange, timeout)
+    return over_link(shm, link) if link else shm

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses import FakeTensorMode
 
-from .executors.tiles import forms_of_loop
+from .executors.tile_whole import forms_of_loop
 from .instruction import Instruction
 from .ops import COLLECTIVES, WAIT, overload_of
 from .program import RankProgram

@@ -7,7 +7,8 @@ One instruction holds the loop: its operands, the region as a list of calls on n
 All integers of the region stand in a list of their own: the loop of a large program and that of its small copy are the same text.
 
 A value is cut as ``(dim, outer, inner)``: its dimension of size ``outer * rows * inner`` read as three, of which the middle one is
-the loop. Chunk c of the loop is ``rows / parts`` of it, rank c's; a chunk may be run in several tiles.
+the loop. Chunk c of the loop is ``rows / parts`` of it, rank c's; a chunk may be run in several tiles, of equal length or each
+``growth`` times as long as the one before: a short first one puts a link to work early.
 
     reads     whole     the operand as it is              tiled     the operand, cut
               gather    all ranks' operands in a row      exchange  piece c of rank c's operand
@@ -31,8 +32,14 @@ TILE_LOOP = "hocket.tile_loop.default"
 SCHEMA = "tile_loop(Tensor[] operands, str region, int[] sizes, str axis, int parts) -> Tensor[]"
 READS = ("whole", "tiled", "gather", "exchange")
 RESULTS = ("map", "sum", "all_reduce", "reduce_scatter", "all_to_all")
+SUMMED = ("all_reduce", "reduce_scatter")
+"""Results that are added up over ranks."""
+
+MOST_SLOTS = 448
+"""Tiles of all chunks together, and"""
+
 MOST_TILES = 32
-"""Tiles per chunk: what the signal slots of a transport leave room for."""
+"""tiles per chunk: what the signal slots of a transport leave room for."""
 
 
 @functools.cache
@@ -84,7 +91,8 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class TileLoop:
-    """See the module. rows: length of the loop; tiles: per chunk; slots 0 .. len(reads)-1 hold the operands."""
+    """See the module. rows: length of the loop; tiles: per chunk; slots 0 .. len(reads)-1 hold the operands; growth: of the
+    tiles of a chunk, from one to the next; eager: whether a rank computes its own chunk without waiting for what others add to it."""
 
     axis: str
     parts: int
@@ -94,26 +102,40 @@ class TileLoop:
     reads: tuple[Read, ...]
     calls: tuple[Call, ...]
     results: tuple[Result, ...]
+    growth: int = 1
+    eager: bool = False
 
     @property
     def chunk(self) -> int:
         """Rows of the loop that belong to one rank."""
         return self.rows // self.parts
 
-    @property
+    @functools.cached_property
     def fetches(self) -> int | None:
         """The operand that comes from all ranks, None where each rank has all it reads."""
         return next((i for i, read in enumerate(self.reads) if read.kind in ("gather", "exchange")), None)
 
-    @property
+    @functools.cached_property
     def delivers(self) -> int | None:
         """The result that goes to other ranks, None where each keeps what it makes."""
         return next((i for i, result in enumerate(self.results) if result.kind not in ("map", "sum")), None)
 
     def tile(self, chunk: int, tile: int) -> tuple[int, int]:
-        """(first row, number of rows) of a tile; the last tiles of a chunk may be shorter."""
-        each, longer = divmod(self.chunk, self.tiles)
-        return chunk * self.chunk + tile * each + min(tile, longer), each + (tile < longer)
+        """(first row, number of rows) of a tile. Of equal tiles the last may be a row shorter; no tile is empty."""
+        first = self._edges[tile]
+        return chunk * self.chunk + first, self._edges[tile + 1] - first
+
+    @functools.cached_property
+    def _edges(self) -> tuple[int, ...]:
+        return tuple(self._edge(tile) for tile in range(self.tiles + 1))
+
+    def _edge(self, tile: int) -> int:
+        """Rows of a chunk before a tile."""
+        if self.growth == 1:
+            each, longer = divmod(self.chunk, self.tiles)
+            return tile * each + min(tile, longer)
+        share: int = (self.growth**tile - 1) * self.chunk // (self.growth**self.tiles - 1)
+        return max(tile, share)
 
     def arguments(self, call: Call, length: int) -> tuple[list[Any], dict[str, Any]]:
         """Templates of a call for tiles of ``length`` rows, as ``templates.fold`` reads them."""
@@ -121,18 +143,19 @@ class TileLoop:
         return args, {name: _sized(template, self.sizes, length) for name, template in call.kwargs.items()}
 
     def region(self) -> str:
-        """The text of the region, without its integers (``sizes``, preceded by rows and tiles)."""
+        """The text of the region, without its integers (``sizes``, preceded by rows, tiles and growth)."""
         body = {
             "reads": [[r.kind, None if r.cut is None else list(r.cut)] for r in self.reads],
             "calls": [[c.op, c.args, c.kwargs, list(c.outputs), c.spread] for c in self.calls],
             "results": [[r.kind, r.slot, None if r.cut is None else list(r.cut), r.reduce_op] for r in self.results],
+            "eager": self.eager,
         }
         return json.dumps(_without_factors(body), separators=(",", ":"), sort_keys=True)
 
     def integers(self) -> list[int]:
-        """rows, tiles, the factors of all cuts, and the integers of the calls."""
+        """rows, tiles, growth, the factors of all cuts, and the integers of the calls."""
         cuts = [cut for cut in (*(r.cut for r in self.reads), *(r.cut for r in self.results)) if cut is not None]
-        return [self.rows, self.tiles, *(n for cut in cuts for n in (cut.outer, cut.inner)), *self.sizes]
+        return [self.rows, self.tiles, self.growth, *(n for cut in cuts for n in (cut.outer, cut.inner)), *self.sizes]
 
     def words(self) -> tuple[str, list[int], str, int]:
         """The arguments of the op after its operands."""
@@ -143,7 +166,7 @@ def read_tile_loop(region: str, integers: Sequence[int], axis: str, parts: int) 
     """Inverse of ``words``. ProgramError when the text is no tile loop."""
     try:
         body = json.loads(region)
-        rows, tiles, *rest = integers
+        rows, tiles, growth, *rest = integers
         numbers = iter(rest)
 
         def cut(found: Any) -> Cut | None:
@@ -152,7 +175,8 @@ def read_tile_loop(region: str, integers: Sequence[int], axis: str, parts: int) 
         reads = tuple(Read(kind, cut(where)) for kind, where in body["reads"])
         results = tuple(Result(kind, slot, cut(where), op) for kind, slot, where, op in body["results"])
         calls = tuple(Call(op, args, kwargs, tuple(outputs), spread) for op, args, kwargs, outputs, spread in body["calls"])
-        loop = TileLoop(axis, parts, rows, tiles, tuple(numbers), reads, calls, results)
+        eager = bool(body["eager"])
+        loop = TileLoop(axis, parts, rows, tiles, tuple(numbers), reads, calls, results, growth, eager)
     except (ValueError, TypeError, KeyError, StopIteration) as error:
         raise ProgramError(f"malformed tile loop: {error!r}") from error
     check_tile_loop(loop)
@@ -163,6 +187,10 @@ def check_tile_loop(loop: TileLoop) -> None:
     """ProgramError unless the loop can be run: known kinds, chunks of whole rows, slots written before they are read."""
     if loop.parts < 2 or loop.rows < 1 or loop.rows % loop.parts or not 1 <= loop.tiles <= min(MOST_TILES, loop.chunk):
         raise ProgramError(f"a tile loop of {loop.rows} rows cannot be run by {loop.parts} ranks in {loop.tiles} tiles each")
+    if loop.growth < 1 or (loop.eager and (loop.delivers is None or loop.results[loop.delivers].kind not in SUMMED)):
+        raise ProgramError(
+            "tiles of a loop must not shrink, and only a loop that adds up over ranks can compute its own chunk eagerly"
+        )
     if any(r.kind not in READS for r in loop.reads) or any(r.kind not in RESULTS for r in loop.results):
         raise ProgramError("a tile loop reads or makes something of an unknown kind")
     if sum(r.kind in READS[2:] for r in loop.reads) > 1 or sum(r.kind in RESULTS[2:] for r in loop.results) > 1:

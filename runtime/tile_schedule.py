@@ -6,6 +6,7 @@ operands come from their owners: so every step sends what the next rank needs fo
 
     reduce_scatter   chunk c visits ranks c+1, c+2, .., c; each adds its tile into the buffer of rank c, then signals the next
     all_reduce       the same, then everybody reads the finished chunk from rank c
+                     eager: every rank computes its own chunk while the others' tiles travel, and adds what arrived at the end
     all_to_all       the tile for rank c is put into that rank's buffer at once
     gather           every rank publishes its operand; chunk c is read in place from rank c
 
@@ -24,9 +25,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .errors import ProgramError
-from .tile_loop import MOST_TILES, TileLoop
+from .tile_loop import MOST_SLOTS, MOST_TILES, TileLoop
 
-PUBLISHED = 448
+PUBLISHED = MOST_SLOTS
 """Signal slots: chunk * tiles + tile below PUBLISHED, and PUBLISHED + tile."""
 
 
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     signal    ``peer``: ``slot`` is ``value``
     publish   put the tile of this rank's operand where all can read it
     compute   run the region on (chunk, tile); ``how`` says what to do with the delivered tile: first, add, finish, keep, send, own
+    merge     add what has arrived of (chunk, tile), this rank's own, to what it computed itself
     collect   read the finished (chunk, tile) into the result: from rank ``peer``'s buffer
     """
 
@@ -82,6 +84,9 @@ def steps(loop: TileLoop, rank: int, epoch: int) -> list[Step]:
             if fetched and chunk != rank:
                 found.append(Step("wait", chunk, PUBLISHED + tile, base + 1, tile=tile))
             found += _deliver(loop, kind, rank, base, (number, chunk, tile))
+    if loop.eager:
+        for tile in range(loop.tiles):
+            found += _merge(loop, kind or "", rank, base, tile)
     if kind in ("all_reduce", "all_to_all"):
         found += _collect(loop, kind, rank, base)
     return found
@@ -97,6 +102,8 @@ def _deliver(loop: TileLoop, kind: str | None, rank: int, base: int, where: tupl
         how = "own" if chunk == rank else "send"
         sent = [] if chunk == rank else [Step("signal", chunk, rank * loop.tiles + tile, base + 1, chunk, tile)]
         return [Step("compute", chunk=chunk, tile=tile, how=how), *sent]
+    if loop.eager and chunk == rank:
+        return [Step("compute", chunk=chunk, tile=tile, how="own")]
     found = []
     if number:
         found.append(Step("wait", (rank - 1) % loop.parts, slot, base + number, chunk, tile))
@@ -106,8 +113,20 @@ def _deliver(loop: TileLoop, kind: str | None, rank: int, base: int, where: tupl
     if kind == "reduce_scatter":
         return [*found, Step("compute", chunk=chunk, tile=tile, how="finish")]
     found.append(Step("compute", chunk=chunk, tile=tile, how="add"))
+    return [*found, *_finished(loop, rank, base, tile)]
+
+
+def _finished(loop: TileLoop, rank: int, base: int, tile: int) -> list[Step]:
+    """Tell everybody that a tile of an all-reduce is complete."""
     others = [(rank + k) % loop.parts for k in range(1, loop.parts)]
-    return [*found, *(Step("signal", peer, slot, base + loop.parts, chunk, tile) for peer in others)]
+    return [Step("signal", peer, rank * loop.tiles + tile, base + loop.parts, rank, tile) for peer in others]
+
+
+def _merge(loop: TileLoop, kind: str, rank: int, base: int, tile: int) -> list[Step]:
+    """What the others have added up of a tile of this rank's chunk, and its own part."""
+    slot = rank * loop.tiles + tile
+    found = [Step("wait", (rank - 1) % loop.parts, slot, base + loop.parts - 1, rank, tile), Step("merge", chunk=rank, tile=tile)]
+    return found if kind == "reduce_scatter" else [*found, *_finished(loop, rank, base, tile)]
 
 
 def _collect(loop: TileLoop, kind: str, rank: int, base: int) -> list[Step]:
@@ -142,6 +161,9 @@ def accesses(loop: TileLoop, step: Step, rank: int, half: int) -> list[Access]:
             found.append(Access(step.chunk, "out", half, (rank, step.tile), writes=True))
         elif step.how == "finish":
             found.append(Access(rank, "out", half, (0, step.tile), writes=False))
+    if step.kind == "merge":
+        scatters = loop.delivers is not None and loop.results[loop.delivers].kind == "reduce_scatter"
+        found.append(Access(rank, "out", half, (0, step.tile), writes=not scatters))
     if step.kind == "collect":
         section = step.chunk if step.peer == rank and step.chunk != rank else 0
         found.append(Access(step.peer, "out", half, (section, step.tile), writes=False))
@@ -243,6 +265,9 @@ def _check_complete(loop: TileLoop, rank: int, found: Sequence[Step]) -> None:
     firsts = {(s.chunk, s.tile) for s in found if s.kind == "compute" and s.how == "first"}
     if kind in ("reduce_scatter", "all_reduce") and firsts != {((rank - 1) % loop.parts, tile) for tile in range(loop.tiles)}:
         raise ProgramError(f"rank {rank} begins other chunks than that of rank {(rank - 1) % loop.parts}")
+    merged = [(s.chunk, s.tile) for s in found if s.kind == "merge"]
+    if merged != ([(rank, tile) for tile in range(loop.tiles)] if loop.eager else []):
+        raise ProgramError(f"rank {rank} does not add what has arrived of its own chunk once")
     collected = sorted((s.chunk, s.tile) for s in found if s.kind == "collect")
     wanted = {"all_reduce": everything, "all_to_all": [e for e in everything if e[0] != rank]}.get(kind or "", [])
     if collected != wanted:

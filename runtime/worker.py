@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -30,6 +30,7 @@ from .errors import RunError
 from .executors.flat import FlatExecutor, Frame
 from .late import late_waits
 from .load import LoadedProgram, load
+from .mailbox import Inbox
 from .mesh import Mesh
 from .monitor import PAGE_BYTES, PageWriter, State
 from .ports import Piece, PortMap, writes
@@ -72,12 +73,13 @@ class Worker:
 
     def __init__(self, sock: socket.socket, page: mmap.mmap, config: dict[str, Any]) -> None:
         self.sock = sock
-        self.inbox = wire.Inbox(sock)
         self.rank = int(config["rank"])
         self.mesh = Mesh(tuple((name, size) for name, size in config["mesh"]))
         self.config = config
         self.device = torch.device(config["device"])
         self.page = PageWriter(page, len(self.mesh.axes))
+        has_core = self.mesh.size * config["threads"] <= len(os.sched_getaffinity(0))
+        self.inbox = Inbox(page, wire.Inbox(sock), _LOOK_FOR if has_core else 0.0)
         self.monitor: Any = self.page
         self.segments = MappedSegments()
         self.views: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -95,7 +97,9 @@ class Worker:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            self.communicator = connect_local(self.mesh, self.rank, shared, self.device, self.config["timeout"])
+            self.communicator = connect_local(
+                self.mesh, self.rank, shared, self.device, self.config["timeout"], link=self.config["link"]
+            )
             if self.config.get("hook"):
                 self._install(self.config["hook"])
             self.page.state(State.IDLE)
@@ -129,13 +133,8 @@ class Worker:
             wire.Op.UNLOAD_PIPELINE: self._unload_pipeline,
         }
         with torch.inference_mode():
-            idle = _LOOK_FOR if self.mesh.size * torch.get_num_threads() <= len(os.sched_getaffinity(0)) else 0.0
-            last = 0
             while True:
-                if idle:
-                    self.page.await_post(last, idle)
                 packet, descriptors = self.inbox.receive()
-                last = packet.sequence
                 if packet.op == wire.Op.CLOSE:
                     wire.send(self.sock, wire.Packet(wire.Op.DONE, 0, packet.sequence, 0))
                     os._exit(0)
@@ -154,7 +153,8 @@ class Worker:
 
     def _finish(self, packet: wire.Packet) -> None:
         """A step is done; the controller reads it on the page."""
-        if self.page.finish(packet.sequence):
+        self.page.state(State.IDLE)
+        if self.inbox.finish(packet.sequence):
             wire.send(self.sock, wire.Packet(wire.Op.DONE, packet.handle, packet.sequence, packet.ticket))
 
     def _done(self, packet: wire.Packet, payload: bytes = b"", descriptors: tuple[int, ...] = ()) -> None:
@@ -179,7 +179,7 @@ class Worker:
 
     # --- memory
 
-    def _map(self, packet: wire.Packet, descriptors: list[int]) -> None:
+    def _map(self, packet: wire.Packet, descriptors: Sequence[int]) -> None:
         for (ident, nbytes), descriptor in zip(json.loads(packet.payload), descriptors, strict=True):
             self.segments.add(ident, descriptor, nbytes)
 
@@ -282,12 +282,7 @@ class Worker:
         loaded = self.programs[packet.handle]
         self.page.begin(packet.handle, packet.sequence, 0, loaded.axes)
         numbers, fed = self._fed(loaded, packet, 0)
-        inputs: list[torch.Tensor | None] = [None] * len(loaded.program.inputs)
-        for index, value in zip(loaded.ports.fed[0], fed, strict=True):
-            inputs[index] = value
-        for index, value in self._bound(loaded, numbers[0]).items():
-            inputs[index] = value.clone() if index in loaded.ports.copied else value
-        frame = loaded.executor.open(inputs)
+        frame = self._opener(loaded, numbers[0])(fed)
         self.frames[packet.ticket] = (loaded, frame)
         self._run(packet, loaded, frame, numbers, ())
         if len(loaded.program.segments) == 1:
@@ -307,14 +302,14 @@ class Worker:
         pieces = loaded.fed[segment]
         return numbers, [self._value(piece, numbers[2 * i + 1], numbers[2 * i + 2]) for i, piece in enumerate(pieces)]
 
-    def _bound(self, loaded: Resident, epoch: int) -> dict[int, torch.Tensor]:
-        """Bound values where the program runs: in place on the CPU; copied to a device when the controller says they changed."""
-        if self.device.type == "cpu":
-            return loaded.bound
-        if epoch != loaded.epoch:
-            loaded.on_device = {index: value.to(self.device) for index, value in loaded.bound.items()}
+    def _opener(self, loaded: Resident, epoch: int) -> Callable[[Sequence[torch.Tensor]], Frame]:
+        """Frames with the bound values where the program runs: in place on the CPU; copied to a device when the controller says
+        that they changed."""
+        if loaded.opener is None or (epoch != loaded.epoch and self.device.type != "cpu"):
+            bound = loaded.bound if self.device.type == "cpu" else {i: v.to(self.device) for i, v in loaded.bound.items()}
+            loaded.opener = loaded.executor.opener(bound, loaded.ports.fed[0], loaded.ports.copied)
             loaded.epoch = epoch
-        return loaded.on_device
+        return loaded.opener
 
     def _run(self, packet: wire.Packet, loaded: Resident, frame: Frame, numbers: tuple[int, ...], fed: Any) -> None:
         segment = 1 if packet.op == wire.Op.BACKWARD else 0

@@ -43,7 +43,7 @@ def serve(sock_fd: int, controller_pidfd: int) -> NoReturn:
     sock = socket.socket(fileno=sock_fd)
     worker = import_module("hocket.runtime.worker")  # with torch and the executors: the reason for this process to exist
 
-    _keep_freed_memory(libc)
+    keep_freed_memory(libc)
     gc.collect()
     gc.freeze()  # the collector leaves inherited objects alone, so their pages stay shared
     server = _Server(sock, controller_pidfd, libc, worker)
@@ -53,7 +53,7 @@ def serve(sock_fd: int, controller_pidfd: int) -> NoReturn:
         os._exit(0)
 
 
-def _keep_freed_memory(libc: Any) -> None:
+def keep_freed_memory(libc: Any) -> None:
     """Let ranks use freed memory again instead of giving it back to the system and taking it anew, a fault a page, at every step.
 
     A step allocates and frees what it allocated and freed the step before; on a virtual machine the faults alone can cost more than

@@ -260,13 +260,14 @@ def calibrate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
     """Measure this machine and keep the figures where the planner finds them."""
     from ...runtime.engines.local import LocalEngine
     from ..cost.calibrate import calibrate as measure
+    from ..cost.tile_timing import LoopTimer
     from ..cost.timing import CollectiveTimer
 
     with (
-        console.status("measuring matrix products, memory and collectives"),
+        console.status("measuring matrix products, memory, collectives and tile loops"),
         LocalEngine(Mesh((("d", arguments.ranks),))) as engine,
     ):
-        cluster = measure(CollectiveTimer(engine), ranks=arguments.ranks)
+        cluster = measure(CollectiveTimer(engine), LoopTimer(engine), ranks=arguments.ranks)
     path = cluster.save()
     facts = cluster.to_json()
     console.print_json(data=facts)

@@ -8,16 +8,15 @@ line seconds = alpha + beta * wire bytes  is fitted to the medians by least squa
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from ..errors import InputError
 from ..redistribute import StepKind
-from .cluster import COLLECTIVES, Cluster, Line
+from .cluster import COLLECTIVES, Cluster, Line, TileCosts
+from .fit import fit_line, median_seconds
+from .tile_timing import TimeLoop, fit_tiles
 
 TimeCollective = Callable[[StepKind, int], float]
 """(kind, bytes of the whole tensor) -> median seconds of one such collective over all ranks.
@@ -33,6 +32,7 @@ _OVERHEAD_OPS = 200
 
 def calibrate(
     time_collective: TimeCollective | None = None,
+    time_loop: TimeLoop | None = None,
     *,
     ranks: int = 2,
     device: str = "cpu",
@@ -41,7 +41,8 @@ def calibrate(
 ) -> Cluster:
     """Measure for about ``seconds`` seconds and return a Cluster (save it with ``.save()``).
 
-    time_collective: see ``TimeCollective``; without it the default cluster's lines are kept. ranks: how many ranks it runs on.
+    time_collective, time_loop: see ``TimeCollective`` and ``TimeLoop``; without them the default cluster's lines and costs of tile
+    loops are kept. ranks: how many ranks they run on.
     Raises InputError for an unknown device, fewer than two ranks, or times that are not positive.
     """
     base = Cluster.default(device)
@@ -59,10 +60,11 @@ def calibrate(
         }
         bandwidth = memory_bandwidth(device, budget)
         overhead = op_overhead(device, budget)
+        tiles = TileCosts() if time_loop is None else fit_tiles(time_loop, ranks, budget)
     finally:
         torch.set_num_threads(threads)
     lines = base.collectives if time_collective is None else fit_collectives(time_collective, ranks)
-    return Cluster(device, flops, bandwidth, overhead, lines)
+    return Cluster(device, flops, bandwidth, overhead, lines, tiles=tiles)
 
 
 def matmul_flops(dtype: torch.dtype, device: str, budget: float) -> float:
@@ -70,7 +72,7 @@ def matmul_flops(dtype: torch.dtype, device: str, budget: float) -> float:
     size = _MATMUL_SIZE[device]
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device, budget)
+    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b, out=out), device, budget)
 
 
 def memory_bandwidth(device: str, budget: float) -> float:
@@ -78,7 +80,7 @@ def memory_bandwidth(device: str, budget: float) -> float:
     count = _STREAM_BYTES[device] // 4
     a = torch.ones(count, device=device)
     out = torch.empty_like(a)
-    return 8 * count / _median_seconds(lambda: torch.mul(a, 2.0, out=out), device, budget)
+    return 8 * count / median_seconds(lambda: torch.mul(a, 2.0, out=out), device, budget)
 
 
 def op_overhead(device: str, budget: float) -> float:
@@ -90,7 +92,7 @@ def op_overhead(device: str, budget: float) -> float:
         for _ in range(_OVERHEAD_OPS):
             x = torch.ops.aten.add.Tensor(x, 1)
 
-    return _median_seconds(run, device, budget) / _OVERHEAD_OPS
+    return median_seconds(run, device, budget) / _OVERHEAD_OPS
 
 
 def fit_collectives(time_collective: TimeCollective, ranks: int, sizes: Sequence[int] = MESSAGE_BYTES) -> dict[StepKind, Line]:
@@ -110,34 +112,3 @@ def wire_share(kind: StepKind, ranks: int) -> float:
     """Bytes that one rank sends per byte of the whole tensor (the formulas of ``redistribute.wire_bytes``)."""
     share = (ranks - 1) / ranks
     return {StepKind.ALL_REDUCE: 2 * share, StepKind.ALL_TO_ALL: share / ranks}.get(kind, share)
-
-
-def fit_line(points: Mapping[float, float]) -> tuple[float, float]:
-    """(slope, intercept), neither negative, of least relative squared error."""
-    x, y = (np.array(values, dtype=float) for values in (list(points.keys()), list(points.values())))
-    design = np.stack((x, np.ones_like(x)), axis=1) / y[:, None]
-    slope, intercept = (float(c) for c in np.linalg.lstsq(design, np.ones_like(y), rcond=None)[0])
-    if slope < 0:
-        return 0.0, 1 / float(np.mean(1 / y))
-    if intercept < 0:
-        return float((x / y).sum() / ((x / y) ** 2).sum()), 0.0
-    return slope, intercept
-
-
-def _median_seconds(run: Callable[[], object], device: str, budget: float) -> float:
-    """Median time of ``run`` over as many repeats as the budget allows (at least 3), after one to warm up."""
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

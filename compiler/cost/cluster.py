@@ -9,6 +9,7 @@ own line: on common transports an all-gather costs several times an all-reduce o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ...runtime.transports.transport import LinkCost
 from ..errors import InputError
 from ..redistribute import StepKind
 
@@ -44,12 +46,41 @@ class Line:
 
 
 @dataclass(frozen=True)
+class TileCosts:
+    """What a tile loop costs beyond its ops and its bytes, in seconds. InputError if negative.
+
+    begin: once a loop; turn: each tile, for its views, its signal and the wait for it; repack: a byte of what a product reads
+    whole, for every tile anew (weights are packed for each product); collective: one through shared memory, whatever its size;
+    measured: whether ``hocket calibrate`` has found them here. The defaults are rounded from calibrations of two-core virtual
+    machines, and are used, and named in the decisions, until there is one of this machine.
+    """
+
+    begin: float = 1.0e-4
+    turn: float = 5.0e-5
+    repack: float = 4.0e-11
+    collective: float = 6.0e-5
+    measured: bool = False
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            figure = getattr(self, one.name)
+            if not (math.isfinite(figure) and figure >= 0):
+                raise InputError(f"{one.name} of a tile loop must be finite and not negative; found {figure!r}")
+
+    @property
+    def origin(self) -> str:
+        """Where the figures come from, for a person."""
+        return "costs measured on this machine" if self.measured else "default costs: hocket calibrate measures them"
+
+
+@dataclass(frozen=True)
 class Cluster:
     """One rank's device and what joins the ranks.
 
     device: ``"cpu"`` or ``"cuda"``; flops: matmul flops per second by dtype name (``"float32"``; a dtype that is not listed
     counts as float32); memory_bandwidth: bytes/s; op_overhead: seconds per op; collectives: a line per collective; axes: other
-    lines for some mesh axes (a slower network between nodes). Raises InputError for missing or senseless figures.
+    lines for some mesh axes (a slower network between nodes); tiles: what tile loops cost; link: a wire that moves bytes by itself
+    between ranks that do not see each other's memory, None where they do. Raises InputError for missing or senseless figures.
     """
 
     device: str
@@ -58,6 +89,8 @@ class Cluster:
     op_overhead: float
     collectives: Mapping[StepKind, Line]
     axes: Mapping[str, Mapping[StepKind, Line]] = field(default_factory=dict)
+    tiles: TileCosts = TileCosts()
+    link: Line | None = None
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops:
@@ -82,6 +115,12 @@ class Cluster:
     def op_seconds(self, flops: float, bytes_moved: float, dtype: torch.dtype = torch.float32) -> float:
         """Roofline time of one op."""
         return self.op_overhead + max(flops / self.flops_per_second(dtype), bytes_moved / self.memory_bandwidth)
+
+    def over(self, cost: LinkCost) -> Cluster:
+        """The same devices joined by a link of that cost: every message takes a latency, every byte its time on the wire."""
+        line = Line(cost.alpha, cost.beta)
+        lines = {**dict.fromkeys(COLLECTIVES, line), StepKind.ALL_REDUCE: Line(2 * cost.alpha, cost.beta)}
+        return dataclasses.replace(self, collectives=lines, axes={}, link=line)
 
     @classmethod
     def default(cls, device: str = "cpu") -> Cluster:
@@ -129,6 +168,7 @@ class Cluster:
             "op_overhead": self.op_overhead,
             "collectives": _lines_to_json(self.collectives),
             "axes": {axis: _lines_to_json(lines) for axis, lines in self.axes.items()},
+            "tiles": dataclasses.asdict(self.tiles),
         }
 
     @classmethod
@@ -145,6 +185,7 @@ class Cluster:
                 op_overhead=float(data["op_overhead"]),
                 collectives=_lines_from_json(data["collectives"]),
                 axes={str(axis): _lines_from_json(lines) for axis, lines in data.get("axes", {}).items()},
+                tiles=TileCosts(**data.get("tiles", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"not a cluster description: {type(error).__name__}: {error}; calibrate again") from error

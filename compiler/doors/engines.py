@@ -6,17 +6,28 @@ from collections.abc import Callable
 
 from ...runtime.engines.base import Engine
 from ...runtime.mesh import Mesh
+from ...runtime.transports.link import LinkSpec, check_transport
+from ..cost.cluster import Cluster
 from ..errors import InputError
 
 ENGINES = ("local", "sim", "attach")
 
 
-def engine_opener(engine: str | Engine, mesh: Mesh, *, inductor: bool = False) -> Callable[[], Engine]:
+def cluster_of(engine: str | Engine, transport: str) -> Cluster:
+    """What the planner believes of this machine; of the link, where the engine is or will be one that emulates one."""
+    link = check_transport(transport if isinstance(engine, str) else getattr(engine, "transport", "auto"))
+    return Cluster.current().over(LinkSpec.parse(link).cost) if link else Cluster.current()
+
+
+def engine_opener(engine: str | Engine, mesh: Mesh, *, inductor: bool = False, transport: str = "auto") -> Callable[[], Engine]:
     """A function that opens the engine of that name for a mesh, or gives the one passed in. InputError for a wrong name or mesh.
 
     inductor: whether ranks compile the regions between collectives; InputError where the engine cannot. For ``local`` the first
-    rank process begins to load at once, in the background; opening waits for it.
+    rank process begins to load at once, in the background; opening waits for it. transport: how the ranks of ``local`` talk,
+    "auto" or a link to emulate; InputError for the other engines.
     """
+    if transport != "auto" and engine != "local":
+        raise InputError(f"transport={transport!r} is for engine='local', whose ranks can emulate a link; found engine {engine!r}")
     if not isinstance(inductor, bool):
         raise InputError(f"inductor must be True or False, found {inductor!r}")
     if inductor and engine not in ("local", "attach"):
@@ -30,8 +41,9 @@ def engine_opener(engine: str | Engine, mesh: Mesh, *, inductor: bool = False) -
             from ...runtime.engines.local import LocalEngine
             from ...runtime.launcher import warm_up
 
+            check_transport(transport)
             warm_up()
-            return lambda: LocalEngine(mesh, inductor=inductor)
+            return lambda: LocalEngine(mesh, inductor=inductor, transport=transport)
         case "sim":
             from ...runtime.engines.sim import SimEngine
 

@@ -14,7 +14,7 @@ from ...runtime.engines.base import Engine
 from ...runtime.mesh import Mesh
 from ..errors import InputError
 from ..plan.tactics import RewriteTactic, Tactic
-from .engines import engine_opener
+from .engines import cluster_of, engine_opener
 from .hall import Options
 from .module import ParallelModule, lazy_class, parallel_view
 from .pipeline import PipelineSession
@@ -37,6 +37,7 @@ def parallelize(
     verify: str | None = None,
     memory_limit: int | None = None,
     inductor: bool = False,
+    transport: str = "auto",
 ) -> ParallelModule:
     """The same module, running on the ranks of a mesh.
 
@@ -54,6 +55,8 @@ def parallelize(
     optimizer's state in ``hocket.train_step`` (an optimizer of your own is outside the ranks).
     inductor: whether the ranks compile what lies between two collectives with torch's Inductor. Needs a C++ compiler; results
     agree up to rounding. Compiling takes seconds to minutes the first time; ``explain()`` says what was compiled.
+    transport: how the processes of engine ``"local"`` talk: ``"auto"``, or a network to emulate with its latency and bandwidth,
+    such as ``"link:20us,1GB/s"``: then the plan is made for that network, and what overlaps can be measured on one machine.
 
     Returns a module of the same class: same signature, outputs, parameter names, ``state_dict`` and train/eval modes. Ordinary
     training code works on it. It adds ``plan``, ``explain()``, ``verify()`` and ``close()``, and is a context manager.
@@ -61,7 +64,7 @@ def parallelize(
     Raises InputError for arguments that cannot be right, CaptureError where the model cannot be traced, PlanError where the
     constraints contradict each other, VerificationError where a rewrite is not proven, RunError where a rank fails.
     """
-    options = {"constraints": constraints, "memory_limit": memory_limit, "inductor": inductor}
+    options = {"constraints": constraints, "memory_limit": memory_limit, "inductor": inductor, "transport": transport}
     order = pipelined_order(model, mesh, {**options, "tactics": tactics, "verify": verify})
     session: Session | PipelineSession
     if order is not None:
@@ -76,6 +79,7 @@ def parallelize(
             verify=verify,
             memory_limit=memory_limit,
             inductor=inductor,
+            transport=transport,
         )
     if example_args or example_kwargs:
         try:
@@ -115,6 +119,7 @@ def open_session(
     verify: str | None = None,
     memory_limit: int | None = None,
     inductor: bool = False,
+    transport: str = "auto",
 ) -> Session:
     """Check the arguments of ``parallelize`` and open a session on a fresh engine; nothing is compiled yet."""
     _check_model(model)
@@ -130,8 +135,9 @@ def open_session(
         outputs="replicate" if attached else "any",
         gradients="like-params" if attached else "any",
         level=verify,
+        cluster=cluster_of(engine, transport),
     )
-    open_engine = engine_opener(engine, shape, inductor=inductor)
+    open_engine = engine_opener(engine, shape, inductor=inductor, transport=transport)
     if not attached:
         return Session(WholeState(model), open_engine, options)
     rank: Any = open_engine()

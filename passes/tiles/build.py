@@ -96,8 +96,8 @@ class _Builder:
                 self.slots[user] = outputs[user.args[1]]  # type: ignore[index]
 
 
-def build(region: Region, parts: int, axis: str, tiles: int) -> Built | str:
-    """The loop of a region, or why there can be none."""
+def build(region: Region, parts: int, axis: str) -> Built | str:
+    """The loop of a region, one tile a chunk, or why there can be none."""
     clash = _clash(region)
     if clash:
         return clash
@@ -115,7 +115,7 @@ def build(region: Region, parts: int, axis: str, tiles: int) -> Built | str:
         builder.call(node, passage)
     results, values = _results(builder)
     kinds = tuple(how for _, how in builder.reads)
-    loop = TileLoop(axis, parts, region.rows, tiles, tuple(builder.sizes), kinds, tuple(builder.calls), results)
+    loop = TileLoop(axis, parts, region.rows, 1, tuple(builder.sizes), kinds, tuple(builder.calls), results)
     check_tile_loop(loop)
     return Built(loop, [node for node, _ in builder.reads], values)
 

@@ -13,6 +13,7 @@ rounding in floating point.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ from ...compiler.tiles import TileLoop, check_schedule
 from ..remembered import Remembered
 from .build import Built, build, insert
 from .cuts import Cuts, Order
-from .predict import Link, Prediction, predict
+from .predict import Prediction, predict
 from .regions import (
     AHEAD,
     BEHIND,
@@ -46,13 +47,14 @@ REDUCTIONS = ("sum", "avg")
 
 @dataclass(frozen=True)
 class Choice:
-    """One loop, by the names of nodes: the waits of its collectives, its members, which granularity of rows, and its tiles."""
+    """One loop, by the names of nodes: the waits of its collectives, its members, which granularity of rows, and the
+    number and growth of its tiles and whether ranks compute their own chunk first."""
 
     ahead: str
     behind: str
     members: tuple[str, ...]
     granularity: tuple[int, int]
-    tiles: int
+    form: tuple[int, int, bool]
     decision: Decision
 
 
@@ -69,15 +71,13 @@ class FuseTiles:
     """Replace regions around collectives by tile loops wherever that is predicted to be quicker.
 
     tiles: per chunk, 0 to choose; least_gain: predicted part of a region's time that a loop must save, negative to fuse whatever
-    can be fused; link: what travels between ranks that do not see each other's memory; joined: whether one loop may hold the
-    collectives on both sides.
+    can be fused; joined: whether one loop may hold the collectives on both sides. What things cost is the cluster's to say.
     """
 
     name: ClassVar[str] = "tiles"
     contract: ClassVar[Contract] = Equal()
     tiles: int = 0
     least_gain: float = 0.03
-    link: Link | None = None
     joined: bool = True
     known: Remembered[Chosen] = field(default_factory=Remembered, compare=False, repr=False)
 
@@ -196,21 +196,21 @@ class _Search:
         axis, parts = str(collective.args[-1]), self._parts(collective)
         if region.rows // parts < 1:
             return f"{region.rows} rows are fewer than the {parts} ranks"
-        predicted = predict(region, parts, axis, self.context.cluster, self.options.link)
-        tiles = min(self.options.tiles, region.rows // parts) or predicted.tiles
-        built = build(region, parts, axis, tiles)
+        built = build(region, parts, axis)
         if isinstance(built, str):
             return built
+        predicted = predict(region, built.loop, self.context.cluster, self.options.tiles)
+        loop = built.loop = predicted.loop
         if predicted.gain <= self.options.least_gain * predicted.apart:
             return (
                 f"predicted {predicted.apart * 1e6:.0f} us apart and {predicted.fused * 1e6:.0f} us as a loop: "
-                f"less than {self.options.least_gain:.0%} to gain"
+                f"less than {self.options.least_gain:.0%} to gain ({self.context.cluster.tiles.origin})"
             )
-        check_schedule([built.loop] * 3)
-        decision = self._applied(region, built.loop, predicted)
+        check_schedule([loop] * 3)
+        decision = self._applied(region, loop, predicted)
         names = tuple(node.name for node in region.members)
         ahead, behind = (wait.name if wait is not None else "" for wait in (region.ahead, region.behind))
-        return Choice(ahead, behind, names, granularity, tiles, decision), region, built
+        return Choice(ahead, behind, names, granularity, (loop.tiles, loop.growth, loop.eager), decision), region, built
 
     def _applied(self, region: Region, loop: TileLoop, predicted: Prediction) -> Decision:
         waits = [wait for wait in (region.ahead, region.behind) if wait is not None]
@@ -218,8 +218,9 @@ class _Search:
         classes = ["retile"] + ["reordered_sum"] * any(r.kind in ("sum", "all_reduce", "reduce_scatter") for r in loop.results)
         reason = (
             f"{names} and {len(region.heavy)} product{'s' * (len(region.heavy) > 1)} in one loop of {loop.parts} x {loop.tiles} "
-            f"tiles, {len(loop.calls)} calls each: predicted {predicted.apart * 1e6:.0f} -> {predicted.fused * 1e6:.0f} us "
-            f"(rounding: {', '.join(classes)})"
+            f"{'growing ' * (loop.growth > 1)}tiles{', own chunk first' * loop.eager}, {len(loop.calls)} calls each: predicted "
+            f"{predicted.apart * 1e6:.0f} -> {predicted.fused * 1e6:.0f} us "
+            f"({self.context.cluster.tiles.origin}; rounding: {', '.join(classes)})"
         )
         product = region.heavy[-1]
         return Decision(self.options.name, collective_of(waits[0]).name, True, reason, predicted.gain, note(product).source)  # noqa: FBT003
@@ -229,10 +230,11 @@ class _Search:
         return self.program.mesh.axis_size(str(collective.args[-1]))
 
 
-def _rank(found: tuple[Choice, Region, Built]) -> tuple[bool, float]:
-    """A loop with the collectives on both sides comes first: it stands for two loops."""
+def _rank(found: tuple[Choice, Region, Built]) -> tuple[bool, bool, float]:
+    """A loop with the collectives on both sides comes first: it stands for two loops. Then one over single rows: it can be cut into
+    any number of tiles."""
     choice = found[0]
-    return bool(choice.ahead and choice.behind), choice.decision.gain or 0.0
+    return bool(choice.ahead and choice.behind), choice.granularity[1] == 1, choice.decision.gain or 0.0
 
 
 def _apply(program: Program, choice: Choice, context: Context) -> None:
@@ -260,8 +262,10 @@ def _apply(program: Program, choice: Choice, context: Context) -> None:
         region = grow_behind(behind, cuts, inner)
     if isinstance(region, Region):
         drop_side_paths(region, order)
-        built = build(region, parts, axis, min(choice.tiles, rows // parts))
+        built = build(region, parts, axis)
         if isinstance(built, Built) and tuple(node.name for node in region.members) == choice.members:
+            tiles, growth, eager = choice.form
+            built.loop = dataclasses.replace(built.loop, tiles=min(tiles, rows // parts), growth=growth, eager=eager)
             insert(graph, region, built)
             return
     raise HocketError(

@@ -1,14 +1,20 @@
 """What a region takes as it stands, and as a loop.
 
     as it stands   t(collective) + t(region on all rows)
-    as a loop      the schedule of one rank, tile by tile: products write where their tiles belong, so on shared memory only the
-                   copies of what is published and collected, and a signal a tile, are added
+    as a loop      the steps of one rank, one after the other: products write where their tiles belong, so on shared memory only the
+                   copies of what is published and collected, and a signal a tile, are added; on a link tiles travel meanwhile
 
-The number of tiles is chosen by running the schedule for each candidate.
+All ranks are alike, so what a rank waits for was sent by its neighbour at the same point of that neighbour's own steps. The number
+of tiles, whether they grow, and whether a rank computes its own chunk before it waits are chosen by running the steps for each.
+
+With n equal tiles a chunk a link that is slower than the products hides all but the first tile, 1/n of what a rank computes for
+others; tiles that grow by 2 leave 1/(2^n - 1) of it. A link that is quicker hides everything but what splitting costs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,45 +22,26 @@ import torch.fx as fx
 
 from ...compiler.cost.cluster import Cluster
 from ...compiler.cost.ops import LocalTensor, work
-from ...compiler.layout import local_size
 from ...compiler.program import tensor_inputs, tensor_leaves
 from ...compiler.redistribute import StepKind
-from .cuts import Passage
+from ...compiler.tiles import MOST_SLOTS, SUMMED, Step, TileLoop, steps
+from .cuts import HEAVY, Passage
 from .regions import AHEAD, BEHIND, Region, collective_of
 
-SIGNAL = 2e-6
-"""Seconds for a signal and the wait for it between two processes that both run."""
+IN_MEMORY = ((1, 1), (2, 1), (4, 1))
+"""(tiles, growth) to try where ranks see each other's memory: there is little to hide, and every tile costs."""
 
-LOOP, CALL = 2e-4, 1.5e-5
-"""Seconds to begin a loop, and to make each of its calls on a tile, beyond what the same calls cost outside."""
-
-SPLIT = 1.06
-"""A product on a part of its rows takes this much longer than its share."""
-
-SHARED = 6e-5
-"""Seconds to begin and end a collective in shared memory."""
-
-CANDIDATES = (1, 2, 4, 8, 16)
-
-
-@dataclass(frozen=True)
-class Link:
-    """Bytes between ranks that travel by themselves: alpha seconds a message and beta a byte, one message after the other.
-
-    None in its place: the ranks see each other's memory, and a product writes there as fast as at home.
-    """
-
-    alpha: float
-    beta: float
+ON_LINK = (*IN_MEMORY, (3, 2), (4, 2), (5, 2), (8, 1), (16, 1))
+"""The same where tiles travel."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a region as it stands and as a loop of ``tiles`` tiles a chunk."""
+    """Seconds of a region as it stands, and as the quickest form of its loop."""
 
     apart: float
     fused: float
-    tiles: int
+    loop: TileLoop
 
     @property
     def gain(self) -> float:
@@ -62,61 +49,76 @@ class Prediction:
         return self.apart - self.fused
 
 
-def predict(region: Region, parts: int, axis: str, cluster: Cluster, link: Link | None) -> Prediction:
-    """The best loop of a region, beside the region as it stands."""
+def predict(region: Region, loop: TileLoop, cluster: Cluster, tiles: int = 0) -> Prediction:
+    """The best form of a region's loop, beside the region as it stands. tiles: per chunk, 0 to choose."""
     apart = region_seconds(region, region.rows, cluster)
-    published = delivered = 0.0
     for wait, kinds in ((region.ahead, AHEAD), (region.behind, BEHIND)):
         if wait is not None:
             collective = collective_of(wait)
-            seconds = _collective_seconds(collective, kinds[collective.target], parts, axis, cluster)
-            shared = _shared_seconds(collective, kinds[collective.target], parts, cluster)
-            apart += seconds if link is not None else min(seconds, shared)
-    if region.ahead is not None:
-        published = float(_nbytes(tensor_inputs(collective_of(region.ahead))[0]))
-    if region.behind is not None:
-        delivered = float(_nbytes(tensor_inputs(collective_of(region.behind))[0])) / parts
-    chunk = region.rows // parts
-    found = []
-    for tiles in (t for t in CANDIDATES if t <= chunk):
-        compute = [SPLIT * region_seconds(region, local_size(chunk, tiles, 0), cluster)] * tiles
-        found.append(Prediction(apart, _schedule(region, parts, compute, (published, delivered), (cluster, link)), tiles))
-    return min(found, key=lambda p: p.fused)
+            apart += collective_seconds(collective, kinds[collective.target], loop.parts, loop.axis, cluster)
+    found = [(loop_seconds(region, form, cluster), form) for form in forms(loop, cluster, tiles)]
+    seconds, best = min(found, key=lambda pair: pair[0])
+    return Prediction(apart, seconds, best)
 
 
-def _schedule(
-    region: Region, parts: int, compute: list[float], nbytes: tuple[float, float], on: tuple[Cluster, Link | None]
-) -> float:
-    """Seconds of one rank's loop, all ranks alike: what it waits for was sent by a neighbour at the same point of its own loop."""
-    cluster, link = on
-    published, delivered = nbytes
-    tiles = len(compute)
-    copied = published + (delivered * parts if _collects(region) else 0.0)
-    clock = LOOP + parts * tiles * len(region.members) * CALL + 2 * copied / cluster.memory_bandwidth
-    if link is None:
-        return clock + parts * tiles * SIGNAL + parts * sum(compute)
-    free = clock
-    inbound: dict[tuple[int, int], float] = {}
-    if region.ahead is not None:
-        for step in range(1, parts):
-            for tile in range(tiles):
-                free += link.beta * published / tiles
-                inbound[step, tile] = free + link.alpha
-    arrivals = [0.0] * tiles
-    for step in range(parts):
-        for tile in range(tiles):
-            first = max(clock, inbound.get((step, tile), 0.0))
-            clock = max(first, arrivals[tile] if step else 0.0) + compute[tile]
-            if region.behind is not None and step < parts - 1:
-                free = max(free, clock) + link.beta * delivered / tiles
-                arrivals[tile] = free + link.alpha
+def forms(loop: TileLoop, cluster: Cluster, tiles: int = 0) -> Iterator[TileLoop]:
+    """Ways to run a loop: its tiles, and whether ranks compute their own chunk first."""
+    shapes: tuple[tuple[int, int], ...] = ON_LINK if cluster.link is not None else IN_MEMORY
+    if tiles:
+        shapes = ((min(tiles, loop.chunk), 1),)
+    sums = loop.delivers is not None and loop.results[loop.delivers].kind in SUMMED
+    for number, growth in shapes:
+        if number > loop.chunk or number * loop.parts > MOST_SLOTS:
+            continue
+        yield dataclasses.replace(loop, tiles=number, growth=growth, eager=False)
+        if sums:
+            yield dataclasses.replace(loop, tiles=number, growth=growth, eager=True)
+
+
+def loop_seconds(region: Region, loop: TileLoop, cluster: Cluster) -> float:
+    """Seconds of one rank's steps."""
+    costs, link = cluster.tiles, cluster.link
+    published, delivered = (n / loop.chunk for n in _chunk_bytes(region, loop))
+    lengths = [loop.tile(0, tile)[1] for tile in range(loop.tiles)]
+    compute = {n: region_seconds(region, n, cluster) + costs.turn for n in set(lengths)}
+    clock, free = costs.begin, 0.0
+    there: dict[tuple[int, int, int], float] = {}
+    for step in steps(loop, 0, 0):
+        rows = lengths[step.tile]
+        carried = rows * (published if step.chunk < 0 else delivered)
+        match step.kind:
+            case "signal":
+                if link is not None:
+                    free = max(free, clock) + link.beta * carried
+                there[step.peer, _turned(loop, step, 0), step.value] = clock if link is None else free + link.alpha
+            case "wait":
+                sender = (-step.peer) % loop.parts  # at that peer the same signal goes to this rank
+                clock = max(clock, there[sender, _turned(loop, step, step.peer), step.value])
+            case "compute":
+                clock += compute[rows]
+            case _:
+                clock += 2 * carried / cluster.memory_bandwidth
     return clock
 
 
-def _collects(region: Region) -> bool:
-    if region.behind is None:
-        return False
-    return BEHIND[collective_of(region.behind).target] != "reduce_scatter"
+def _turned(loop: TileLoop, step: Step, by: int) -> int:
+    """A slot as the rank ``by`` further on would call it, if it were rank 0."""
+    if step.chunk < 0:
+        return step.slot
+    chunk, tile = divmod(step.slot, loop.tiles)
+    return (chunk - by) % loop.parts * loop.tiles + tile
+
+
+def _chunk_bytes(region: Region, loop: TileLoop) -> tuple[float, float]:
+    """What a rank publishes for each of the others, and what it delivers to each."""
+    published = delivered = 0.0
+    if region.ahead is not None:
+        collective = collective_of(region.ahead)
+        pieces = 1 if AHEAD[collective.target] == "gather" else loop.parts
+        published = nbytes_of(tensor_inputs(collective)[0]) / pieces
+    if region.behind is not None:
+        delivered = nbytes_of(tensor_inputs(collective_of(region.behind))[0]) / loop.parts
+    return published, delivered
 
 
 def region_seconds(region: Region, length: int, cluster: Cluster) -> float:
@@ -132,15 +134,24 @@ def _node_seconds(node: fx.Node, passage: Passage, share: float, cluster: Cluste
     if done.is_view:
         return 0.0
     nbytes = sum(read) + sum(_part(v, 1.0 if passage.sums else share) for v in outputs)
-    return cluster.op_seconds(float(done.flops) * share, nbytes, outputs[0].dtype)
+    seconds = cluster.op_seconds(float(done.flops) * share, nbytes, outputs[0].dtype)
+    if node.target in HEAVY:
+        whole = (n for n, cut in zip(inputs, passage.inputs, strict=True) if cut is None)
+        seconds += cluster.tiles.repack * sum(nbytes_of(n) for n in whole)
+    return seconds
 
 
-def _shared_seconds(node: fx.Node, kind: str, parts: int, cluster: Cluster) -> float:
-    """A collective between ranks that see each other's memory: all is copied there once and read by whom it is for. The line of
-    a cluster may be that of a slower transport, and a loop must not look good beside what nobody runs."""
-    nbytes = _nbytes(tensor_inputs(node)[0])
+def collective_seconds(node: fx.Node, kind: str, parts: int, axis: str, cluster: Cluster) -> float:
+    """A collective by itself. Where nothing was measured the line of a cluster may be that of a slower transport than the ranks of
+    one machine use, and a loop must not look good beside what nobody runs."""
+    nbytes = nbytes_of(tensor_inputs(node)[0])
+    share = {"gather": parts - 1.0, "all_reduce": 2 * (parts - 1) / parts}.get(kind, (parts - 1) / parts)
+    step = {"gather": StepKind.ALL_GATHER, "exchange": StepKind.ALL_TO_ALL}.get(kind) or StepKind(kind)
+    line = cluster.line(step, axis).seconds(share * nbytes, parts)
+    if cluster.link is not None or cluster.tiles.measured:
+        return line
     read = parts * nbytes if kind in ("gather", "all_reduce") else nbytes
-    return SHARED + 2 * (nbytes + read) / cluster.memory_bandwidth
+    return min(line, cluster.tiles.collective + 2 * (nbytes + read) / cluster.memory_bandwidth)
 
 
 def _local(value: torch.Tensor) -> LocalTensor:
@@ -151,13 +162,7 @@ def _part(value: torch.Tensor, share: float) -> float:
     return value.numel() * value.element_size() * share
 
 
-def _nbytes(node: fx.Node) -> int:
+def nbytes_of(node: fx.Node) -> int:
+    """Of a node's value."""
     value: torch.Tensor = node.meta["val"]
     return value.numel() * value.element_size()
-
-
-def _collective_seconds(node: fx.Node, kind: str, parts: int, axis: str, cluster: Cluster) -> float:
-    nbytes = _nbytes(tensor_inputs(node)[0])
-    share = {"gather": parts - 1.0, "all_reduce": 2 * (parts - 1) / parts}.get(kind, (parts - 1) / parts)
-    step = {"gather": StepKind.ALL_GATHER, "exchange": StepKind.ALL_TO_ALL}.get(kind) or StepKind(kind)
-    return cluster.line(step, axis).seconds(share * nbytes, parts)

@@ -37,6 +37,7 @@ from ..ports import PortMap, check_value
 from ..program import RankProgram
 from ..regions import summary
 from ..trace import chrome_trace, read_stamps
+from ..transports.link import check_transport
 from ..validate import check_rank_program
 from .base import Bindings
 from .binding import Binding
@@ -49,7 +50,8 @@ class LocalEngine:
     """See the module and ``Engine``.
 
     threads: per rank, default cores // ranks (at least one); inductor: whether ranks compile the regions between collectives, see
-    ``runtime.fusion``; device: ``cpu``, or ``cuda`` for one CUDA device a rank; limits:
+    ``runtime.fusion``; transport: how ranks talk, ``"auto"`` or a network to emulate, such as ``"link:20us,1GB/s"`` (latency,
+    bandwidth; see ``runtime.transports.link``); device: ``cpu``, or ``cuda`` for one CUDA device a rank; limits:
     timeouts; rank_hook: path of a Python file whose ``install(worker)`` runs on every rank, to inject faults in tests. Starting the
     first engine of a process takes a second or more unless ``hocket.runtime.launcher.warm_up`` was called early. Thread-safe.
     """
@@ -61,6 +63,7 @@ class LocalEngine:
         threads: int | None = None,
         device: str = "cpu",
         inductor: bool = False,
+        transport: str = "auto",
         limits: Limits | None = None,
         rank_hook: str | Path | None = None,
     ) -> None:
@@ -68,10 +71,12 @@ class LocalEngine:
         config: dict[str, Any] = {
             "threads": _check_threads(threads) if threads is not None else max(1, cores // mesh.size),
             "devices": _devices(device, mesh.size),
+            "link": check_transport(transport),
             "hook": os.fspath(rank_hook) if rank_hook is not None else "",
         }
         self.mesh = mesh
         self.inductor = inductor
+        self.transport = transport
         self.limits = limits or Limits()
         self.arena: SharedArena = default_arena()
         self._lock = threading.RLock()
@@ -178,11 +183,7 @@ class LocalEngine:
     def _submit(self, handle: LocalHandle, ticket: LocalTicket, segment: int, given: Sequence[torch.Tensor | None]) -> Step:
         """Copy what is given into blocks, make blocks for the results, and tell the ranks."""
         plan = handle.segments[segment]
-        if len(given) != len(plan.ports):
-            raise InputError(f"expected {len(plan.ports)} inputs of {plan.name}, found {len(given)}")
-        for port, value in zip(plan.ports, given, strict=True):
-            if value is not None or not segment:
-                check_value(port, value, "input")
+        plan.check(given, optional=segment > 0)
         while len(self._flying) >= self.limits.window or (self._flying and self._flying[-1].plan.updated):
             self.settle(self._flying[0])
         step = Step(self.settle, handle, plan, ticket)

@@ -24,7 +24,7 @@ from .rendezvous import SAME_RESULT, disagreement, group_results
 from .spread import Partitions, Spread
 from .strands import Row, StrandExecutor, prepare
 from .tile_ranks import TogetherLoops
-from .tiles import ReadyLoop
+from .tile_ready import ReadyLoop
 
 
 def run_lockstep(

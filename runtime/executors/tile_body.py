@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,6 +66,15 @@ class _Chain:
     is_private: bool
 
 
+class _Op(NamedTuple):
+    """A call, ready. is_flat: no argument holds slots deeper down."""
+
+    op: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    is_flat: bool
+
+
 @dataclass
 class TileBody:
     """The calls of a loop for tiles of ``length`` rows on one rank."""
@@ -73,7 +82,7 @@ class TileBody:
     loop: TileLoop
     site: Site
     length: int
-    ops: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]] = field(init=False)
+    ops: list[_Op] = field(init=False)
     chains: dict[int, _Chain] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,7 +90,9 @@ class TileBody:
         for call in self.loop.calls:
             args, kwargs = self.loop.arguments(call, self.length)
             ready = [_folded(template, self.site) for template in args]
-            self.ops.append((resolve(call.op), ready, {name: _folded(t, self.site) for name, t in kwargs.items()}))
+            named = {name: _folded(t, self.site) for name, t in kwargs.items()}
+            is_flat = not any(type(a) is list for a in (*ready, *named.values()))
+            self.ops.append(_Op(resolve(call.op), ready, named, is_flat))
         for number, result in enumerate(self.loop.results):
             chain = _chain(self.loop, result.slot)
             if chain is not None:
@@ -90,29 +101,34 @@ class TileBody:
     def run(self, operands: Sequence[torch.Tensor], sinks: Mapping[int, Sink]) -> dict[int, torch.Tensor]:
         """Compute one tile. sinks: result number -> where it goes. Returns the tiles of the results without a sink."""
         slots: dict[int, Any] = dict(enumerate(operands))
-        candidates = {
-            self.chains[n].product: n
-            for n, s in sinks.items()
-            if n in self.chains and (s.how == "first" or self.chains[n].is_private)
-        }
-        done: set[int] = set()
-        skipped: set[int] = set()
-        for index, (op, args, kwargs) in enumerate(self.ops):
+        candidates = {}
+        for n, sink in sinks.items():
+            chain = self.chains.get(n)
+            if chain is not None and (sink.how == "first" or chain.is_private):
+                candidates[chain.product] = n
+        done: list[int] = []
+        skipped: tuple[int, ...] = ()
+        for index, (op, args, kwargs, is_flat) in enumerate(self.ops):
             if index in skipped:
                 continue
             call = self.loop.calls[index]
-            given = [_filled(a, slots) for a in args]
+            given = [slots[a] if type(a) is _Slot else a for a in args] if is_flat else [_filled(a, slots) for a in args]
             number = candidates.get(index)
             found = None if number is None else self._in_place(self.chains[number], sinks[number], call.op, given)
             if found is None:
-                found = op(*given, **{k: _filled(a, slots) for k, a in kwargs.items()})
+                found = op(*given, **{k: _filled(a, slots) for k, a in kwargs.items()}) if kwargs else op(*given)
             elif number is not None:
-                done.add(number)
-                skipped.update(self.chains[number].views)
-            slots.update((slot, v) for slot, v in zip(call.outputs, found if call.spread else (found,), strict=True) if slot >= 0)
+                done.append(number)
+                skipped += self.chains[number].views
+            if not call.spread:
+                slots[call.outputs[0]] = found
+                continue
+            slots.update((slot, v) for slot, v in zip(call.outputs, found, strict=True) if slot >= 0)
         for number, sink in sinks.items():
             if number not in done:
                 sink.take(slots[self.loop.results[number].slot])
+        if len(sinks) == len(self.loop.results):
+            return {}
         return {n: slots[r.slot] for n, r in enumerate(self.loop.results) if n not in sinks}
 
     def _in_place(self, chain: _Chain, sink: Sink, op: str, args: list[Any]) -> torch.Tensor | None:
@@ -135,7 +151,7 @@ class TileBody:
         """The memory of a tile through the views of its chain, backwards; None where no view of it exists."""
         shapes = self._shapes(chain, shape) if chain.views else []
         for index, before in zip(reversed(chain.views), reversed(shapes), strict=True):
-            op, args = self.loop.calls[index].op, self.ops[index][1]
+            op, args = self.loop.calls[index].op, self.ops[index].args
             if op == "aten.permute.default":
                 order = [d % len(before) for d in args[1]]
                 memory = memory.permute([order.index(d) for d in range(len(order))])
@@ -152,8 +168,7 @@ class TileBody:
         value = torch.empty(shape, device="meta")
         for index in chain.views:
             found.append(list(value.shape))
-            op, args, _ = self.ops[index]
-            value = op(value, *args[1:])
+            value = self.ops[index].op(value, *self.ops[index].args[1:])
         return found
 
 

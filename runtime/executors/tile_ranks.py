@@ -15,7 +15,8 @@ import torch
 
 from ..errors import RankHung
 from ..tile_schedule import Step
-from .tiles import LoopRun, ReadyLoop
+from .tile_ready import ReadyLoop
+from .tiles import LoopRun
 
 
 @dataclass
@@ -63,7 +64,7 @@ class TogetherLoops:
             LoopRun(ready, rank, self.epoch, given, self.memory, None if scripts is None else scripts[rank])
             for rank, given in enumerate(operands)
         ]
-        self.memory.grow(max(run.arena_bytes for run in runs))
+        self.memory.grow(max(run.sizes.arena for run in runs))
         self.epoch += 1
         works: list[Iterator[Step]] = [run.work() for run in runs]
         held: list[Step | None] = [next(work, None) for work in works]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import cast
 
 import torch
@@ -15,7 +14,9 @@ from ..templates import Site
 from ..tile_loop import TileLoop
 from ..tile_schedule import Step
 from ..transports.transport import Symmetric, Transport, TransportError, TransportTimeout
-from .tiles import LoopRun, ReadyLoop, run_whole
+from .tile_ready import ReadyLoop
+from .tile_whole import run_whole
+from .tiles import LoopRun
 
 _ROUND = 1 << 16
 """Buffers grow by whole multiples of this, so that loops of about one size share one."""
@@ -67,18 +68,18 @@ class TileRunner:
         axis = self.axes.setdefault(loop.axis, AxisLoops())
         index = self.transport.mesh.coordinate(self.transport.rank)[loop.axis]
         work = LoopRun(ready, index, axis.epoch, given)
-        work.memory = self.buffer(axis, loop.axis, work.arena_bytes)
+        work.memory = self.buffer(axis, loop.axis, work.sizes.arena)
         axis.epoch += 1
-        for kind, sent in work.sent():
-            self.communicator.wire.count(kind, Fraction(sent))
+        for kind, sent in work.sizes.sent:
+            self.communicator.wire.count(kind, sent)
         for step in work.work():
-            self._carry_out(loop, step)
+            self._carry_out(loop, step, work)
         return work.results()
 
-    def _carry_out(self, loop: TileLoop, step: Step) -> None:
+    def _carry_out(self, loop: TileLoop, step: Step, work: LoopRun) -> None:
         assert self.transport is not None
         if step.kind == "signal":
-            self.transport.signal(step.peer, step.slot, step.value, loop.axis)
+            self.transport.signal(step.peer, step.slot, step.value, loop.axis, work.carried(step))
             return
         try:
             self.transport.wait(step.peer, step.slot, step.value, loop.axis)

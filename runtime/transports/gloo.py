@@ -164,7 +164,7 @@ class GlooTransport:
 
     # --- signals
 
-    def signal(self, peer: int, slot: int, value: int, axis: str) -> None:
+    def signal(self, peer: int, slot: int, value: int, axis: str, nbytes: int = 0) -> None:  # noqa: ARG002  (takes no time of its own)
         """See ``Transport``."""
         self._signal(self._groups[axis], peer, _checked(slot), value)
 

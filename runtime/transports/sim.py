@@ -133,7 +133,7 @@ class SimTransport:
         self.world.pause(self.rank, lambda: True, "its turn")
         return out.copy_(buffer.at(peer).narrow(0, row, out.shape[0]))
 
-    def signal(self, peer: int, slot: int, value: int, axis: str) -> None:
+    def signal(self, peer: int, slot: int, value: int, axis: str, nbytes: int = 0) -> None:  # noqa: ARG002  (takes no time of its own)
         """See ``Transport``."""
         if not 0 <= slot < SLOTS:
             raise TransportError(f"expected a signal slot from 0 to {SLOTS - 1}, found {slot}")

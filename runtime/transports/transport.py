@@ -121,8 +121,11 @@ class Transport(Protocol):
         """Read ``buffer.at(peer)[row : row + len(out)]`` into ``out`` and return it."""
         ...
 
-    def signal(self, peer: int, slot: int, value: int, axis: str) -> None:
-        """Set this rank's word for ``slot`` at the peer. Values of a slot must grow."""
+    def signal(self, peer: int, slot: int, value: int, axis: str, nbytes: int = 0) -> None:
+        """Set this rank's word for ``slot`` at the peer. Values of a slot must grow.
+
+        nbytes: what this rank has written for the peer through views since its last signal to it, or lets it read in place; where
+        bytes take time the signal comes after them. Puts count themselves."""
         ...
 
     def test(self, peer: int, slot: int, value: int, axis: str) -> bool:

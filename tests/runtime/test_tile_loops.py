@@ -6,6 +6,7 @@ import functools
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from hocket.runtime.errors import ProgramError, RankHung
 from hocket.runtime.executors.rendezvous import group_results
 from hocket.runtime.executors.tile_ranks import TogetherLoops
-from hocket.runtime.executors.tiles import ReadyLoop, run_whole
+from hocket.runtime.executors.tile_ready import ReadyLoop
+from hocket.runtime.executors.tile_whole import run_whole
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.templates import Site
 from hocket.runtime.tile_loop import Call, Cut, Read, Result, TileLoop, narrow, place, read_tile_loop
@@ -120,6 +122,10 @@ LOOPS = {
     "contract": contraction,
     "both": both_sides,
     "both reduced": lambda p, r, t: both_sides(p, r, t, "all_reduce"),
+    "scatter, own chunk at once": lambda p, r, t: replace(product_into("reduce_scatter", p, r, t), eager=True, growth=2),
+    "reduce, own chunk at once": lambda p, r, t: replace(product_into("all_reduce", p, r, t), eager=True),
+    "gather, growing": lambda p, r, t: replace(product_from("gather", p, r, t), growth=3),
+    "both, own chunk at once": lambda p, r, t: replace(both_sides(p, r, t), eager=True, growth=2),
 }
 
 
@@ -196,7 +202,7 @@ def mutated(programs: list[list[list[Step]]], kind: str, rng: random.Random) -> 
     return kind
 
 
-MUTANTS = ["dropped signal", "dropped wait", "dropped compute", "dropped publish", "dropped collect"]
+MUTANTS = ["dropped signal", "dropped wait", "dropped compute", "dropped publish", "dropped collect", "dropped merge"]
 MUTANTS += ["weaker wait", "early signal", "swapped chunks", "missing epoch"]
 
 
@@ -206,7 +212,7 @@ def test_every_broken_schedule_is_caught(kind: str) -> None:
     replay lets it pass, and the bits are right under every adversary.)"""
     rng = random.Random(kind)
     caught = 0
-    for name in ("scatter", "reduce", "send", "gather", "both"):
+    for name in ("scatter", "reduce", "send", "gather", "both", "scatter, own chunk at once", "reduce, own chunk at once"):
         loops = [LOOPS[name](3, 6, 2) for _ in range(4)]
         for _ in range(10):
             programs = [[list(steps(loop, rank, epoch)) for epoch, loop in enumerate(loops)] for rank in range(3)]
@@ -227,7 +233,11 @@ def test_every_broken_schedule_is_caught(kind: str) -> None:
     assert caught
 
 
-@pytest.mark.parametrize("name", sorted(set(LOOPS) - {"both"}))  # its two chains of signals happen to order that too
+ORDERED = {"both", "both, own chunk at once"}
+"""Their two chains of signals happen to order a buffer without halves too."""
+
+
+@pytest.mark.parametrize("name", sorted(set(LOOPS) - ORDERED))
 def test_buffers_without_halves_would_race(name: str) -> None:
     loops = [LOOPS[name](3, 6, 2) for _ in range(3)]
     check_schedule(loops)
@@ -248,6 +258,22 @@ def test_a_loop_is_text_and_integers(name: str) -> None:
     region, numbers, axis, parts = loop.words()
     assert read_tile_loop(region, numbers, axis, parts) == loop
     assert not any(str(n) in region.replace('"', "") for n in (12,))
+
+
+@given(chunk=st.integers(1, 300), tiles=st.integers(1, 9), growth=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_tiles_follow_each_other_and_none_is_empty(chunk: int, tiles: int, growth: int) -> None:
+    loop = replace(product_into("reduce_scatter", 2, 2 * chunk, min(tiles, chunk)), growth=growth)
+    spans = [loop.tile(c, t) for c in range(2) for t in range(loop.tiles)]
+    assert all(length >= 1 for _, length in spans)
+    assert [start for start, _ in spans] == [sum(length for _, length in spans[:k]) for k in range(len(spans))]
+    assert sum(length for _, length in spans) == loop.rows
+
+
+def test_only_what_is_added_up_over_ranks_can_be_computed_eagerly() -> None:
+    region, numbers, axis, parts = LOOPS["gather"](2, 4, 1).words()
+    with pytest.raises(ProgramError, match="eagerly"):
+        read_tile_loop(region.replace('"eager":false', '"eager":true'), numbers, axis, parts)
 
 
 @pytest.mark.parametrize("broken", ["{", '{"reads":[]}', '{"calls":[],"reads":[["odd",null]],"results":[]}'])

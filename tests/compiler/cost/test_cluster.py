@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from hocket.compiler.cost.calibrate import calibrate, fit_collectives, fit_line, wire_share
-from hocket.compiler.cost.cluster import COLLECTIVES, Cluster, Line, default_path
+from hocket.compiler.cost.calibrate import calibrate, fit_collectives, wire_share
+from hocket.compiler.cost.cluster import COLLECTIVES, Cluster, Line, TileCosts, default_path
+from hocket.compiler.cost.fit import fit_line
+from hocket.compiler.cost.tile_timing import LoopTimer, fit_tiles
 from hocket.compiler.errors import InputError
 from hocket.compiler.layout import Partial, Replicate, Shard
 from hocket.compiler.redistribute import StepKind, steps, wire_bytes
+from hocket.runtime.engines.sim import SimEngine
 from hocket.runtime.mesh import Mesh
+from hocket.runtime.transports.transport import LinkCost
 
 
 def test_a_cluster_survives_saving(tmp_path, monkeypatch):
@@ -43,6 +47,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"flops": {"float64": 1.0}}, "float32"),
         ({"op_overhead": -1}, "op_overhead"),
         ({"collectives": {}}, "all_reduce, all_gather, reduce_scatter, all_to_all is missing"),
+        ({"tiles": {"begin": -1.0}}, "begin of a tile loop"),
+        ({"tiles": {"magic": 1.0}}, "not a cluster description"),
         ({"collectives": {"telepathy": {"alpha": 0, "beta": 0}}}, "telepathy"),
         ({"axes": {"dp": {"all_reduce": {"alpha": -1, "beta": 0}}}}, "alpha and beta"),
     ],
@@ -121,3 +127,34 @@ def test_senseless_times_are_refused():
         fit_collectives(lambda kind, size: 0.0, 2)
     with pytest.raises(InputError, match="at least two ranks"):
         calibrate(lambda kind, size: 1.0, ranks=1, seconds=0.1)
+
+
+def test_costs_of_tile_loops_survive_saving_and_old_files_keep_the_defaults(tmp_path):
+    known = dataclasses.replace(Cluster.default(), tiles=TileCosts(begin=1e-3, turn=2e-3, repack=3e-9, measured=True))
+    assert Cluster.load(known.save(tmp_path / "c.json")) == known
+    old = {key: value for key, value in known.to_json().items() if key != "tiles"}
+    assert Cluster.from_json(old).tiles == TileCosts()
+    assert "measured on this machine" in known.tiles.origin
+    assert "default" in TileCosts().origin
+
+
+def test_costs_of_tile_loops_are_a_line_through_few_and_many_tiles():
+    found = fit_tiles(lambda tiles: 5e-4 + 3 * tiles * 3e-5, 3, budget=0.01)
+    assert found.begin == pytest.approx(5e-4)
+    assert found.turn == pytest.approx(3e-5)
+    assert found.repack >= 0
+    assert found.measured
+    with pytest.raises(InputError, match="positive"):
+        fit_tiles(lambda tiles: 0.0, 2, budget=0.01)
+
+
+def test_loops_are_timed_on_an_engine():
+    assert LoopTimer(SimEngine(Mesh((("d", 2),))))(8) > 0
+
+
+def test_over_a_link_every_collective_takes_its_line():
+    slow = Cluster.default().over(LinkCost(1e-3, 1e-6))
+    assert slow.link == Line(1e-3, 1e-6)
+    assert slow.line(StepKind.ALL_GATHER, "tp").seconds(1000, 2) == pytest.approx(2e-3)
+    assert slow.line(StepKind.ALL_REDUCE, "tp").seconds(1000, 2) == pytest.approx(3e-3)
+    assert slow.flops == Cluster.default().flops
