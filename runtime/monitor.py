@@ -1,6 +1,7 @@
 """Where every rank is, readable at any moment by the controller: one page of shared memory a rank, written by the rank alone.
 
     page = header (what runs, which instruction, since when) + ring of the last collectives entered (axis, number, fingerprint)
+           + mailbox (``mailbox``)
 
 Writing costs some hundred nanoseconds an instruction and about a microsecond a collective; nobody polls. The controller looks only
 while it waits for an answer, and when something has gone wrong. Two ranks of a group that enter collective number k of their axis
@@ -12,18 +13,17 @@ from __future__ import annotations
 
 import enum
 import mmap
-import os
 import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .fence import new_fence
+from .mailbox import MAILBOX_BYTES, OFFSET
 from .mesh import Mesh
 from .program import RankProgram
 
-PAGE_BYTES = 8192
+PAGE_BYTES = OFFSET + MAILBOX_BYTES
 RING = 128
 """Collectives remembered per rank."""
 
@@ -34,10 +34,6 @@ _AT_OFFSET = 64
 _COUNT_OFFSET = 128  # per axis: collectives entered; then the total
 _COUNT = struct.Struct("<q")
 _RING_OFFSET = 1024
-_DONE_OFFSET, _POSTED_OFFSET, _ASLEEP_OFFSET = 6144, 6208, 6272
-"""Words on lines of their own: the last message that the rank has done (its own word), the last one sent to it, and whether the
-controller sleeps until it is told (the controller's words)."""
-
 MAX_STAMPS = 2_000_000
 """A trace stops growing at the first segment after this many stamps."""
 
@@ -103,13 +99,11 @@ class PageWriter:
 
     def __init__(self, page: mmap.mmap, axes: int) -> None:
         self.page = page
-        self._words = memoryview(page).cast("q")
-        self._fence = new_fence()
         self._axes: dict[int, int] = {}
         self._handle = -1
         self._counts = [0] * (axes + 1)
         self._stamps: list[list[tuple[int, int, float]]] = []  # empty while nobody traces, else one list
-        page[:PAGE_BYTES] = bytes(PAGE_BYTES)
+        page[:OFFSET] = bytes(OFFSET)
         self._bind()
         self.state(State.STARTING)
 
@@ -165,22 +159,6 @@ class PageWriter:
         if self._stamps:
             self._stamps[0].append((Stamp.END, state, stamp))
 
-    def finish(self, sequence: int) -> bool:
-        """Message ``sequence`` is done; whether the controller sleeps and must be told."""
-        self.state(State.IDLE)
-        self._words[_DONE_OFFSET // 8] = sequence
-        self._fence()
-        return bool(self._words[_ASLEEP_OFFSET // 8])
-
-    def await_post(self, sequence: int, seconds: float) -> None:
-        """Look for another message than number ``sequence``, for some ``seconds`` at most; yields the core between looks."""
-        words, end = self._words, time.monotonic() + seconds
-        while words[_POSTED_OFFSET // 8] <= sequence:
-            for _ in range(4):
-                os.sched_yield()
-            if time.monotonic() > end:
-                return
-
     def start_stamps(self) -> None:
         """Record the time of every hook from now on."""
         self._stamps[:] = [[]]
@@ -189,29 +167,6 @@ class PageWriter:
         """What was recorded: (Stamp, instruction or handle or state, monotonic seconds)."""
         found = self._stamps.pop() if self._stamps else []
         return found
-
-
-class Mailflag:
-    """The controller's side of what a rank has done and what was sent to it."""
-
-    def __init__(self, page: mmap.mmap) -> None:
-        self._words = memoryview(page).cast("q")
-
-    def done(self) -> int:
-        """The last message that the rank has done."""
-        return self._words[_DONE_OFFSET // 8]
-
-    def posted(self, sequence: int) -> None:
-        """A message was sent; a rank that still looks for one finds it at once."""
-        self._words[_POSTED_OFFSET // 8] = sequence
-
-    def sleep(self, asleep: int) -> None:
-        """Whether the controller sleeps (1) until the rank sends a packet, or looks by itself (0)."""
-        self._words[_ASLEEP_OFFSET // 8] = asleep
-
-    def release(self) -> None:
-        """Let go of the page."""
-        self._words.release()
 
 
 def collective_axes(program: RankProgram) -> dict[int, int]:

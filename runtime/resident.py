@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from .executors.flat import FlatExecutor
+from .executors.flat import FlatExecutor, Frame
 from .monitor import collective_axes
 from .ports import Piece, PortMap, writes
 from .program import RankProgram
@@ -19,7 +20,8 @@ class Resident:
 
     axes: instruction -> axis number of its collective; bound: views of the bound ports, by port; per segment: fed, the pieces of
     its inputs; out, the pieces of its results, None where another rank writes; offsets, the layout of the message; updating,
-    whether it gives bound tensors new values. on_device, epoch: bound values on a device, and the name of that state.
+    whether it gives bound tensors new values. opener: makes frames with the bound values (``FlatExecutor.opener``) as they were in
+    state ``epoch``.
     """
 
     program: RankProgram
@@ -31,7 +33,7 @@ class Resident:
     out: list[list[tuple[int, Piece | None]]]
     offsets: list[struct.Struct]
     updating: list[bool]
-    on_device: dict[int, torch.Tensor] = field(default_factory=dict)
+    opener: Callable[[Sequence[torch.Tensor]], Frame] | None = None
     epoch: int = -1
 
     @classmethod

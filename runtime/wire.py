@@ -1,5 +1,7 @@
 """Messages between the controller and a rank: one Unix socket pair a rank, one packet a message, no pickle.
 
+Most of the controller's messages travel through shared memory instead (``mailbox``), in the same form.
+
     packet = header (operation, handle, ticket, count) + payload
 
 The payload of RUN and its kin is an array of int64 (segment and offset of every tensor); texts and small tables are UTF-8 or JSON.
@@ -47,6 +49,7 @@ class Op(enum.IntEnum):
     STEP_PIPELINE = 14
     COMMIT_PIPELINE = 15  # write the updates of the latest step, held back until every rank had computed them
     UNLOAD_PIPELINE = 16  # forget it
+    DOORBELL = 17  # a letter lies in the mailbox
     DONE = 20  # rank -> controller: the operation `ticket` of this sequence number is complete
     FAILED = 21  # payload: JSON {type, message, traceback, memory, communication, instruction}
 
@@ -83,6 +86,12 @@ def encode(packet: Packet) -> bytes:
     return data
 
 
+def decode(data: bytes | memoryview) -> Packet:
+    """What ``encode`` made."""
+    op, handle, sequence, ticket = HEADER.unpack_from(data)
+    return Packet(op, handle, sequence, ticket, bytes(data[HEADER.size :]))
+
+
 def send_encoded(sock: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> None:
     """Send a packet that was encoded before, as ``send`` does."""
     try:
@@ -113,9 +122,7 @@ class Inbox:
             raise Closed from error
         if not size:
             raise Closed
-        op, handle, sequence, ticket = HEADER.unpack_from(self._buffer)
-        packet = Packet(op, handle, sequence, ticket, bytes(self._view[HEADER.size : size]))
-        return packet, _descriptors(ancillary) if ancillary else []
+        return decode(self._view[:size]), _descriptors(ancillary) if ancillary else []
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

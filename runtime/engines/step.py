@@ -10,8 +10,9 @@ from types import EllipsisType
 
 import torch
 
+from ..errors import InputError
 from ..memory import BlockPlan
-from ..ports import PortMap, torch_dtype
+from ..ports import PortMap, check_value, torch_dtype
 from ..program import PortSpec, RankProgram
 from ..regions import Report
 from .binding import Binding
@@ -24,14 +25,15 @@ Blocks = tuple[list[torch.Tensor], list[int]]
 class SegmentPlan:
     """What a step of one segment needs, worked out once.
 
-    ports: specifications of the inputs given at each call; fed, out: their blocks and those of the results; packer: of the message,
-    which holds an epoch and the place of every block; slots: per result the tensor of the user that it updates, None where there is
-    no value, or ``...`` for the next block of ``out``; updated: the bindings that get a new value; spare: blocks of inputs that no
-    step uses now, with their places.
+    ports: specifications of the inputs given at each call; kinds: their shapes and dtypes; fed, out: their blocks and those of the
+    results; packer: of the message, which holds an epoch and the place of every block; slots: per result the tensor of the user
+    that it updates, None where there is no value, or ``...`` for the next block of ``out``; updated: the bindings that get a new
+    value; spare: blocks of inputs that no step uses now, with their places.
     """
 
     name: str
     ports: tuple[PortSpec, ...]
+    kinds: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     fed: BlockPlan
     out: BlockPlan
     packer: struct.Struct
@@ -46,12 +48,23 @@ class SegmentPlan:
         results = ports.results[segment]
         given = tuple(program.inputs[i] for i in ports.fed[segment])
         made = [program.outputs[r.port] for r in results if not r.absent and r.bound is None]
-        fed = BlockPlan.of([(port.shape, torch_dtype(port.dtype)) for port in given])
+        kinds = tuple((port.shape, torch_dtype(port.dtype)) for port in given)
+        fed = BlockPlan.of(kinds)
         out = BlockPlan.of([(port.shape, torch_dtype(port.dtype)) for port in made])
         packer = struct.Struct(f"<q{2 * (len(given) + len(made))}q")
         slots = tuple(None if r.absent else bound[r.bound].user if r.bound is not None else ... for r in results)
         updated = tuple(bound[r.bound] for r in results if r.bound is not None)
-        return cls(program.segments[segment].name, given, fed, out, packer, slots, updated)
+        return cls(program.segments[segment].name, given, kinds, fed, out, packer, slots, updated)
+
+    def check(self, given: Sequence[torch.Tensor | None], *, optional: bool) -> None:
+        """InputError unless every value fits its port; with ``optional``, None fits every port."""
+        if len(given) != len(self.ports):
+            raise InputError(f"expected {len(self.ports)} inputs of {self.name}, found {len(given)}")
+        for port, (shape, dtype), value in zip(self.ports, self.kinds, given, strict=True):
+            if value is None and optional:
+                continue
+            if not isinstance(value, torch.Tensor) or value.shape != shape or value.dtype is not dtype:
+                check_value(port, value, "input")
 
     def results(self, outputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """What the caller gets, from the blocks of ``out``."""

@@ -10,7 +10,7 @@ import contextlib
 import operator
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -109,6 +109,31 @@ class FlatExecutor:
         values = self.loaded.new_frame()
         self._place(values, self.program.segments[0].inputs, [inputs[port] for port in self.program.segments[0].inputs])
         return Frame(values)
+
+    def opener(
+        self, bound: Mapping[int, torch.Tensor], fed: Sequence[int], copied: Collection[int] = ()
+    ) -> Callable[[Sequence[torch.Tensor]], Frame]:
+        """``open`` for frames that have most inputs in common, at the cost of those they have not.
+
+        bound: input port -> value that every frame has; fed: the other ports of the first segment; copied: of the bound ones, those
+        of which every frame has a copy. The function takes the values of ``fed``, which must not require gradients.
+        """
+        first = self.program.segments[0].inputs
+        if sorted((*bound, *fed)) != sorted(first):
+            raise InputError(f"expected the inputs {sorted(first)}, found {sorted(bound)} and {sorted(fed)}")
+        common = self.loaded.new_frame()
+        self._place(common, tuple(bound), tuple(bound.values()))
+        ports, apart = tuple(fed), tuple(copied)
+
+        def opened(given: Sequence[torch.Tensor]) -> Frame:
+            values = common.copy()
+            for port, value in zip(ports, given, strict=True):
+                values[port] = value
+            for port in apart:
+                values[port] = values[port].clone()
+            return Frame(values)
+
+        return opened
 
     def run(
         self,
