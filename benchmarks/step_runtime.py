@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
-from common import Row, Sample, at_most, cpu_seconds, progress
+from common import Row, Sample, at_most, cpu_seconds, progress, versus
+from step_echo import echo
 from step_model import Case
 from torch import Tensor, nn
 
@@ -25,13 +26,16 @@ def rows(*, quick: bool) -> list[Row]:
     progress("runtime: warm starts")
     start = starts(6 if quick else 15)
     progress("runtime: dispatch")
-    step = dispatch(300 if quick else 3000)
+    step, window = dispatch(300 if quick else 3000)
+    floor = echo(300 if quick else 3000)
     progress("runtime: program load")
     instructions, loading = loads(3 if quick else 9)
     return [
         at_most(CLAIM, "warm start of 2 ranks, groups up", start, 0.15),
         at_most(CLAIM, "dispatch of a trivial step and its answer, 2 ranks, median", step, 50e-6),
         at_most(CLAIM, "the same, 10th percentile", step, 50e-6, percent=10),
+        versus(CLAIM, "the same, and two bare processes that answer packets on sockets (a floor)", step, "bare sockets", floor),
+        at_most(CLAIM, "a trivial step among 16 under way, median", window, 50e-6),
         at_most(CLAIM, f"program load per instruction ({instructions} instructions, CPU time of one rank)", loading, 5e-6),
     ]
 
@@ -55,11 +59,11 @@ class AddOne(nn.Module):
         return x + 1
 
 
-def dispatch(repeats: int) -> Sample:
-    """Seconds of a synchronous step that adds one to four numbers."""
+def dispatch(repeats: int) -> tuple[Sample, Sample]:
+    """Seconds of a step that adds one to four numbers: one after another, and with 16 of them under way."""
     x = torch.zeros(4)
     compiled = compile_program(capture(AddOne(), (x,), {}, train=False), Options(TWO))
-    values = []
+    values, together = [], []
     with LocalEngine(TWO, threads=1) as engine:
         handle = engine.load(compiled.instructions, {})
         for _ in range(repeats + 50):
@@ -69,7 +73,13 @@ def dispatch(repeats: int) -> Sample:
             engine.release(ticket)
             assert result is not None
             assert result[0] == 1
-    return Sample(tuple(values[50:]))
+        for _ in range(repeats // 16 + 3):
+            begin = time.perf_counter()
+            steps = [engine.submit_forward(handle, [x]) for _ in range(16)]
+            for step in steps:
+                step.result()
+            together.append((time.perf_counter() - begin) / 16)
+    return Sample(tuple(values[50:])), Sample(tuple(together[3:]))
 
 
 def loads(repeats: int) -> tuple[int, Sample]:
