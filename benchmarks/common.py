@@ -142,14 +142,19 @@ def machine() -> str:
     return f"{system}; load average at the start {os.getloadavg()[0]:.1f}"
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Knows the options that every benchmark has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="end within a minute: smaller models, fewer repeats, no page written")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    made.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
+    made.add_argument("--only", metavar="TEXT", default="", help="only groups of claims whose name contains TEXT")
+    return made
+
+
 def arguments(description: str | None) -> argparse.Namespace:
     """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="end within a minute: smaller models, fewer repeats, no page written")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only groups of claims whose name contains TEXT")
-    return parser.parse_args()
+    return parser(description).parse_args()
 
 
 def report(name: str, title: str, intro: str, rows: Sequence[Row], options: argparse.Namespace, where: str) -> None:

@@ -1,15 +1,12 @@
-"""What finds the bugs that people make: the ring, float comparisons with the usual tolerances, and looking at the loss.
-
-python benchmarks/verify_detectors.py [--quick] [--json FILE] [--check]
-"""
+"""What finds the bugs that people make: the ring, float comparisons with the usual tolerances, and looking at the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from common import Row, arguments, machine, progress, report
+from common import Row, progress
 
 from hocket.compiler.program import Program, Role, RoleKind
 from hocket.compiler.verify.apart import run_apart
@@ -26,13 +23,6 @@ from hocket.testing.handwritten.ranks import Handwritten
 from hocket.testing.handwritten.ring_attention import ring_attention
 from hocket.testing.handwritten.synced_norm import synced_norm
 from hocket.testing.handwritten.tensor_parallel import tensor_parallel
-
-INTRO = """
-Thirty-five bugs planted in five hand-written programs on two ranks: tensor parallelism, ring attention, a pipeline with
-micro-batches and split backward, a mixture of experts, and synchronised batch norm. The ring sees them at its small sizes; the
-comparisons in floating point are made at larger ones, on weights as after training (standard deviation 0.02, gains near 1, small
-biases), on the loss, every gradient, and every update.
-"""
 
 LARGE: dict[str, Callable[[], Handwritten]] = {
     "tensor parallel": lambda: tensor_parallel(Sizes(4, 64, 128, 4, 256, 256)),
@@ -54,70 +44,42 @@ RING = "ring"
 DETECTORS = (RING, *TOLERANCES, LOSS)
 
 
-@dataclass
-class Score:
-    """bugs: how many were planted; caught: detector -> bugs; alarms: detector -> correct programs called wrong."""
-
-    bugs: int = 0
-    correct: int = 0
-    caught: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in DETECTORS})
-    alarms: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in DETECTORS})
+SLOW = ("pipeline", "ring attention", "tensor parallel", "experts")
+"""Programs that a quick run leaves out."""
 
 
-def detector_rows(*, quick: bool) -> list[Row]:
-    """One row a detector: bugs caught, and correct programs called wrong."""
-    score = Score()
-    for name in PROGRAMS:
-        if not (quick and name in ("pipeline", "ring attention", "tensor parallel")):
-            _judge_program(name, score)
-    rows = []
-    for detector in DETECTORS:
-        found = len(score.caught[detector])
-        met = found == score.bugs if detector == RING else None
-        goal = "all" if detector == RING else ""
-        rows.append(
-            Row(
-                "Planted bugs caught",
-                detector,
-                found,
-                "bugs",
-                {"planted": score.bugs},
-                goal=goal,
-                met=met,
-                text=f"{found} of {score.bugs}",
-            )
-        )
-    for detector in DETECTORS:
-        wrong = len(score.alarms[detector])
-        met = wrong == 0 if detector == RING else None
-        text = f"{wrong} of {score.correct}"
-        rows.append(
-            Row(
-                "Correct programs called wrong",
-                detector,
-                wrong,
-                "programs",
-                goal="0" if met is not None else "",
-                met=met,
-                text=text,
-            )
-        )
-    return rows
-
-
-def _judge_program(name: str, score: Score) -> None:
+def judge_program(name: str) -> Counter[str]:
+    """One program, right and with each of its bugs: how many bugs a detector catches, and whether it calls the right one wrong."""
     small, large = PROGRAMS[name](), LARGE[name]()
     reference, whole = reference_program(small), reference_program(large)
     inputs = trained_inputs(whole, large)
+    score: Counter[str] = Counter(bugs=len(small.bugs))
     for bug in ("", *small.bugs):
         progress(f"{name}: {bug or 'correct'}")
         found = _seen(whole, lowered_program(large, bug), inputs)
         if verify(reference, lowered_program(small, bug), level="ring").status is not Status.EQUAL:
             found.append(RING)
-        table = score.caught if bug else score.alarms
-        score.bugs, score.correct = score.bugs + bool(bug), score.correct + (not bug)
-        for detector in found:
-            table[detector].append(f"{name}: {bug}")
+        score.update(f"{'caught' if bug else 'alarm'}: {detector}" for detector in found)
+    return score
+
+
+def detector_rows(scores: Sequence[Mapping[str, int]]) -> list[Row]:
+    """One row a detector: bugs caught, and correct programs called wrong."""
+    total: Counter[str] = Counter()
+    for score in scores:
+        total.update(score)
+    bugs, rows = total["bugs"], []
+    for detector in DETECTORS:
+        found, ring = total[f"caught: {detector}"], detector == RING
+        goal, met = ("all", found == bugs) if ring else ("", None)
+        text = f"{found} of {bugs}"
+        rows.append(Row("Planted bugs caught", detector, found, "bugs", {"planted": bugs}, goal=goal, met=met, text=text))
+    for detector in DETECTORS:
+        wrong, ring = total[f"alarm: {detector}"], detector == RING
+        goal, met = ("0", wrong == 0) if ring else ("", None)
+        text = f"{wrong} of {len(scores)}"
+        rows.append(Row("Correct programs called wrong", detector, wrong, "programs", goal=goal, met=met, text=text))
+    return rows
 
 
 def trained_inputs(program: Program, written: Handwritten) -> dict[Role, torch.Tensor]:
@@ -159,15 +121,3 @@ def _close(a: torch.Tensor | None, b: torch.Tensor | None, rtol: float, atol: fl
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.allclose(b.double(), a.double(), rtol=rtol, atol=atol, equal_nan=True)
-
-
-def main() -> None:
-    """Measure, and report."""
-    options = arguments(__doc__)
-    torch.set_num_threads(1)
-    where = machine()
-    report("verify_detectors", "What finds a bug", INTRO, detector_rows(quick=options.quick), options, where)
-
-
-if __name__ == "__main__":
-    main()
