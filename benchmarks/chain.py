@@ -15,6 +15,7 @@ import chain_decide
 import chain_decode
 import chain_recurrent
 import chain_sample
+import chain_time
 from common import Row, arguments, machine, report
 
 INTRO = """
@@ -35,6 +36,7 @@ def main() -> None:
         "recurrent": lambda: chain_recurrent.rows(quick=options.quick),
         "decide": lambda: chain_decide.rows(quick=options.quick),
         "sample": lambda: chain_sample.rows(quick=options.quick),
+        "time": lambda: chain_time.rows(quick=options.quick),
         "decode": lambda: chain_decode.rows(quick=options.quick),
     }
     rows: list[Row] = []

@@ -28,7 +28,7 @@ from ...compiler.program import tensor_leaves
 aten = torch.ops.aten
 
 MAX_PERIOD = 400
-MAX_DISTANCE = 4
+MAX_DISTANCE = 8
 CANDIDATES = 24
 """Runs looked at for each chain that is found."""
 

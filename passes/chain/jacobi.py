@@ -12,7 +12,7 @@ solved, and how exactly, is part of the instruction.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch.fx as fx
 
@@ -23,7 +23,7 @@ from .batch import Inserter
 from .canonical import merge_equal
 from .find import find_chains
 from .lift import lift
-from .segments import Segments, obstacle
+from .segments import cut_in_time
 from .split import ChainNode, Split, split
 
 
@@ -84,22 +84,10 @@ class JacobiFeedforward:
         graph.erase_node(node)
         what, name, applied = _what(chain, made), made.node.name, chosen.solver != "sequential"
         if parts > 1:
-            applied, more = self._cut(graph, made, chain.count, parts, chosen)
-            what = f"{what}; {more}"
+            cut, why = cut_in_time(graph, made, (chain.count, parts), chosen, self.name)
+            applied = bool(cut)
+            what = f"{what}; cut over {self.axis} into {cut}" if cut else f"{what}; not cut over {self.axis}: {why}"
         return Decision(self.name, name, applied, f"{what}; {reason}", None, note(node).source)
-
-    def _cut(self, graph: fx.Graph, made: Split, count: int, parts: int, how: How) -> tuple[bool, str]:
-        """Cut a chain in time where that can be. Whether it was, and a sentence for the user."""
-        why = obstacle(made.body, count, parts)
-        if why:
-            return False, f"not cut over {self.axis}: {why}"
-        segments = Segments(made.body, count, parts, Inserter(graph, made.node, self.name))
-        results = segments.write(made.node, how)
-        for user in list(made.node.users):
-            user.replace_all_uses_with(results[int(cast(int, user.args[1]))])
-            graph.erase_node(user)
-        graph.erase_node(made.node)
-        return True, f"cut over {self.axis} into {parts} segments of {segments.length} steps, exact after {parts} sweeps"
 
 
 def _choice(chain: ChainNode, how: How) -> tuple[How, str]:

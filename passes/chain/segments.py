@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.fx as fx
@@ -24,18 +24,22 @@ from ...compiler.chains.bodies import BodyGraph, How, chain_op
 from ...compiler.program import output_node
 from ...runtime.fixedpoint.resume import resume_op
 from .batch import Inserter
+from .lanes import lane_body
+from .split import Split
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The rewrite of one chain node. count: its steps; parts: the segments."""
+    """The rewrite of one chain node. body: one whose rows are independent; count: its steps; parts: the segments; has_rows: whether
+    the chain itself has these rows, or each segment is to be one row."""
 
     body: BodyGraph
     count: int
     parts: int
     inserter: Inserter
+    has_rows: bool = True
 
     @property
     def length(self) -> int:
@@ -44,9 +48,13 @@ class Segments:
 
     def write(self, node: fx.Node, how: How) -> dict[int, fx.Node]:
         """Write the sweeps behind ``node``'s inputs. Returns, for each result of the node, what stands for it."""
+        call = self.inserter.call
         init, shared, streams = cast(tuple[list[fx.Node], ...], node.args[:3])
+        if not self.has_rows:
+            init = [call(aten.unsqueeze.default, first, 0) for first in init]
+            streams = [call(aten.unsqueeze.default, stream, 1) for stream in streams]
         body = with_states(self.body)
-        text, call = body.data().to_json(), self.inserter.call
+        text = body.data().to_json()
         cut = [self._cut(stream) for stream in streams]
         starts = [self._first_starts(first) for first in init]
         sweep = call(chain_op(), starts, shared, cut, self.length, text, how.to_json())
@@ -71,7 +79,9 @@ class Segments:
                 place = carries + body.emits.index(after)
                 states = found.get(place) or self._joined(call(operator.getitem, sweep, place))
                 found[i] = call(aten.select.int, states, 0, self.count - 1)
-        return found
+        if self.has_rows:
+            return found
+        return {i: call(aten.squeeze.dim, value, 0 if i < carries else 1) for i, value in found.items()}
 
     def _first_starts(self, first: fx.Node) -> fx.Node:
         """[n rows, ...]: the start of the chain, and zeros."""
@@ -127,16 +137,18 @@ def with_states(body: BodyGraph) -> BodyGraph:
     return found
 
 
-def obstacle(body: BodyGraph, count: int, parts: int) -> str:
-    """Why a chain is not cut, or ""."""
-    if not body.rows:
-        return "its rows are not known to be independent of each other, so segments cannot be rows"
+def cut_in_time(graph: fx.Graph, made: Split, sizes: tuple[int, int], how: How, by: str) -> tuple[str, str]:
+    """Replace a chain by its sweeps. sizes: its steps, and segments. What was done, or why nothing was (one of the two is "")."""
+    count, parts = sizes
     if count < parts:
-        return f"{count} steps are too few for {parts} segments"
-    if any(not isinstance(v, torch.Tensor) or v.dim() == 0 for v in _values(body)):
-        return "its state has no rows"
-    return ""
-
-
-def _values(body: BodyGraph) -> list[Any]:
-    return [node.meta["val"] for node in (*body.following, *body.emits)]
+        return "", f"{count} steps are too few for {parts} segments"
+    body = made.body if made.body.rows else lane_body(made.body)
+    if body is None:
+        return "", "its steps cannot be put side by side as rows"
+    segments = Segments(body, count, parts, Inserter(graph, made.node, by), made.body.rows)
+    results = segments.write(made.node, how)
+    for user in list(made.node.users):
+        user.replace_all_uses_with(results[int(cast(int, user.args[1]))])
+        graph.erase_node(user)
+    graph.erase_node(made.node)
+    return f"{parts} segments of {segments.length} steps, exact after {parts} sweeps", ""

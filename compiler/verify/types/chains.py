@@ -106,7 +106,9 @@ def _typed(op: Op, node: fx.Node, types: dict[fx.Node, Any]) -> Any:
         raise Untypable(f"no type rule for {node.target} on pieces, in a step of a chain")
     inner = Op(op.axes, node, ())
     found = facts.rule(inner, *args)
-    changed = [i for i, value in inner.new_args.items() if not _is_open(args[i], value)]
+    along = args[1] if node.target is torch.ops.aten.slice.Tensor else None
+    is_beside = along is not None and not args[0].dims[along].cuts  # its start and end are read as they are
+    changed = [i for i, value in inner.new_args.items() if not is_beside and not _is_open(args[i], value)]
     if inner.becomes >= 0 or inner.target or inner.moves_in or inner.moves_out or inner.times or inner.undo_scale or changed:
         raise Untypable(f"{node.target}, in a step of a chain, says its own sizes, which differ on pieces")
     return found
