@@ -1,19 +1,22 @@
 """Which solver pays, from a step's measured cost and the measured length of the chain's memory.
 
-    loop       T c(1)
-    blocks w   (w + (S - 1) min(w, m)) c(T/w) + S tests,      S = min(T/w, 1 + m/w) sweeps
+    loop            T c(1)
+    n blocks of w   (w + m) c(n) + a sweep's own cost,      w = T / n;  for m > w rounded up to whole blocks
 
 c(n) is the cost of a step on n lanes, m the merge length: after how many steps two trajectories from different starts agree. Both
 are measured at the first call of a chain, which runs as a loop; m by lanes started from zero at places where the true state is
-known. The loop and the windows that look best are then tried in turn by the next calls, and the fastest stays. A chain that does
-not forget (long memory, chaos) has no m and stays a loop; it is looked at again from time to time, since training changes it. A
-chain that settles later than planned goes on as a loop from its exact part and is measured anew.
+known. The loop and the windows that look best are then tried in turn by the next calls, and the fastest stays: what counts is the
+median over the turns of the time beside that of the loop in the same turn, which a machine that is busy now and then does not
+change. A chain that does not forget (long memory, chaos) has no m and stays a loop; it is looked at again from time to time, since
+training changes it. A chain that settles later than planned goes on as a loop from its exact part and is measured anew.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,21 +24,27 @@ import torch
 from torch import Tensor
 
 from .how import How
-from .solvers import Solved, Stop, blocks, loop
+from .solvers import TEST_EVERY, Solved, Stop, blocks, loop
 from .steps import Chain
 
 SHORTEST = 24
 """Shorter chains are not worth a look."""
 
-WINDOWS = (8, 16, 32, 64, 128, 256, 512)
+LANES = (2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128)
+"""Numbers of blocks that are looked at."""
+
+SHORTEST_WINDOW = 8
 PROBES, PROBE_STEPS = 8, 256
 HOPEFUL = 1.3
 """Windows that are predicted to take more than so many times the loop are not tried."""
 
 TRIED, TRIES = 3, 3
-"""How many windows are tried, and how often each: the machine may be busy with other things the first time."""
+"""How many windows are tried, and how often each: the machine may be busy with other things in one of the turns."""
 
-SWEEP_SECONDS = 40e-6
+CLEARLY = 0.97
+"""A window is taken where it needs at most so much of the loop's time."""
+
+SWEEP_SECONDS = 100e-6
 LOOK_AGAIN = 64
 """Calls after which a chain that stayed a loop is measured again (doubled each time, so that looking costs nothing in the end)."""
 
@@ -44,20 +53,24 @@ LOOK_AGAIN = 64
 class Known:
     """What is known of one chain at its shapes.
 
-    merge: steps, inf where trajectories do not meet; window: 0 for the loop; trials: windows still to be tried; seconds: the best
-    time seen of each.
+    merge: steps, inf where trajectories do not meet; window: 0 for the loop; warm: steps ahead of every block; trials: windows
+    still to be tried; turns: the seconds that each took, turn by turn.
     """
 
     costs: dict[int, float] = field(default_factory=dict)
     merge: float = math.inf
     window: int = 0
-    sweeps: int = 0
+    warm: int = 0
     reason: str = ""
     wait: int = LOOK_AGAIN
     calls: int = 0
     is_measured: bool = False
     trials: list[int] = field(default_factory=list)
-    seconds: dict[int, float] = field(default_factory=dict)
+    turns: dict[int, list[float]] = field(default_factory=dict)
+
+    def beside_loop(self, window: int) -> float:
+        """Time of a window over that of the loop: the median of the turns."""
+        return statistics.median(t / plain for t, plain in zip(self.turns[window], self.turns[0], strict=True))
 
 
 _KNOWN: dict[tuple[Any, ...], Known] = {}
@@ -87,7 +100,7 @@ def decided(chain: Chain, how: How, stop: Stop) -> Solved:
     if known.trials:
         return _tried(chain, stop, known)
     if known.window:
-        solved = blocks(chain, stop, known.window, cap=known.sweeps)
+        solved = _blocks(chain, stop, known, known.window)
         if solved.report.fell_back:
             known.is_measured, known.window, known.wait, known.calls = False, 0, known.wait * 2, 0
             known.reason = "it settled later than measured"
@@ -101,21 +114,29 @@ def decided(chain: Chain, how: How, stop: Stop) -> Solved:
     return solved
 
 
+def _blocks(chain: Chain, stop: Stop, known: Known, window: int) -> Solved:
+    """In blocks; a start that was not warm enough makes the next ones warmer."""
+    solved = blocks(chain, stop, window, cap=_sweeps(known, chain.count, window) + 1, warm=known.warm)
+    if solved.report.sweeps > 1 and known.warm < window:
+        known.warm += TEST_EVERY
+    return solved
+
+
 def _tried(chain: Chain, stop: Stop, known: Known) -> Solved:
     """Solve a chain in the next way to be tried, against the clock; after the last one the fastest is kept."""
     window = known.trials.pop(0)
     begin = _clock()
-    solved = blocks(chain, stop, window, cap=_sweeps(known, chain.count, window) + 1) if window else loop(chain)
+    solved = _blocks(chain, stop, known, window) if window else loop(chain)
     if chain.init[0].is_cuda:
         torch.cuda.synchronize()
     seconds = math.inf if solved.report.fell_back else _clock() - begin
-    known.seconds[window] = min(seconds, known.seconds.get(window, math.inf))
+    known.turns.setdefault(window, []).append(seconds)
     if not known.trials:
-        known.window = min(known.seconds, key=lambda w: known.seconds[w] * (1.0 if w else 0.95))
-        known.sweeps = _sweeps(known, chain.count, known.window) + 1 if known.window else 0
-        known.reason = f"memory of {known.merge:.0f} steps; tried " + ", ".join(
-            f"{f'blocks of {w}' if w else 'the loop'} {t * 1e3:.2f} ms" for w, t in sorted(known.seconds.items())
-        )
+        beside = {w: known.beside_loop(w) for w in known.turns}
+        best = min(beside, key=lambda w: beside[w])
+        known.window = best if beside[best] <= CLEARLY else 0
+        tried = (f"{f'blocks of {w}' if w else 'the loop'} {min(t) * 1e3:.2f} ms" for w, t in sorted(known.turns.items()))
+        known.reason = f"memory of {known.merge:.0f} steps; tried " + ", ".join(tried)
     return solved
 
 
@@ -144,7 +165,8 @@ def _look(chain: Chain, stop: Stop, known: Known, states: list[Tensor]) -> None:
         known.window, known.reason = 0, "trajectories from different starts do not meet (long memory or chaos)"
         return
     known.costs = known.costs or step_costs(chain)
-    known.seconds.clear()
+    known.warm = math.ceil(known.merge)
+    known.turns.clear()
     known.trials = choose(known, chain.count) * TRIES
 
 
@@ -152,13 +174,11 @@ def choose(known: Known, count: int) -> list[int]:
     """What to try: the loop and the windows that the formula of the module puts first; nothing where it puts the loop far ahead."""
     plain = count * known.costs[1]
     costs: dict[int, float] = {}
-    for window in WINDOWS:
-        lanes = -(-count // window)
-        if lanes < 2:
-            break
-        sweeps = _sweeps(known, count, window)
-        steps = window + (sweeps - 1) * min(window, known.merge)
-        costs[window] = steps * _interpolated(known.costs, lanes) + sweeps * SWEEP_SECONDS
+    for lanes in LANES:
+        window = -(-count // lanes)
+        if window >= SHORTEST_WINDOW and lanes < count:
+            steps = window * (1 + math.ceil(known.merge / window)) if known.merge > window else window + known.merge
+            costs[window] = steps * _interpolated(known.costs, -(-count // window)) + SWEEP_SECONDS
     best = [w for w in sorted(costs, key=lambda w: costs[w]) if costs[w] < HOPEFUL * plain][:TRIED]
     known.window = 0
     known.reason = f"memory of {known.merge:.0f} steps: no window is expected to beat the loop" if not best else ""
@@ -177,27 +197,27 @@ def _interpolated(costs: dict[int, float], lanes: int) -> float:
 
 
 def step_costs(chain: Chain) -> dict[int, float]:
-    """Seconds of one step on 1, 2, 8, ... lanes, up to what the smallest window needs."""
-    most = -(-chain.count // WINDOWS[0])
-    sizes = [n for n in ((1, 2, 8, 32, 128) if chain.body.rows else (1, 8, 32)) if n <= most]
-    costs = {n: _seconds(chain, n) for n in sizes}
-    return costs
+    """Seconds of one step on 1, 4, 16, ... lanes, up to what the smallest window needs."""
+    most = -(-chain.count // SHORTEST_WINDOW)
+    return {n: _seconds(chain, n) for n in ((1, 4, 16, 64, 128) if chain.body.rows else (1, 8, 32)) if n <= most}
 
 
 def _seconds(chain: Chain, n: int, repeats: int = 4) -> float:
+    steps = min(8, chain.count)
+    if n == 1:
+        return min(_timed(lambda: chain.loop(chain.init, 0, steps)) for _ in range(repeats)) / steps
     lanes = chain.lanes(n)
-    init = [torch.stack([first] * n) for first in chain.init]
-    state = start = chain.init if n == 1 else lanes.pack(init)
-    slices = [s[0] for s in chain.streams] if n == 1 else lanes.pack([torch.stack([s[0]] * n) for s in chain.streams])
-    step = chain.step if n == 1 else lanes.step
-    best = math.inf
-    for _ in range(repeats):
-        begin = _clock()
-        for _ in range(4):
-            state = step(state, slices)
-        best = min(best, (_clock() - begin) / 4)
-        state = start
-    return best
+    state = lanes.pack([torch.stack([first] * n) for first in chain.init])
+    slices = [lanes.pack([torch.stack([s[0]] * n) for s in chain.streams])] * steps
+    return min(_timed(lambda: lanes.sweep(state, slices)) for _ in range(repeats)) / steps
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = _clock()
+    work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return _clock() - begin
 
 
 def merge_length(chain: Chain, stop: Stop, states: list[Tensor]) -> float:
