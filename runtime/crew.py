@@ -26,34 +26,17 @@ from .launcher import RankProcess, launcher
 from .mailbox import Outbox
 from .mesh import Mesh
 from .monitor import Position, read_page
+from .patience import LOOK_EVERY, Limits, Patience
 from .program import RankProgram
 
 HOLD_BACK = 0.3
 """Seconds to wait for the cause of what looks like its shadow: a closed connection, an error of the network."""
-
-LOOK_EVERY = 0.05
-"""Seconds between two looks at the pages of the ranks."""
 
 SPIN = 1e-4
 """Seconds to look for the answers to a step before this process sleeps: a short step is over sooner than a process wakes up."""
 
 SHUTDOWN = 1.0
 """Seconds that ranks are given to end by themselves."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds without any progress after which the ranks count as hung.
-
-    step: in a step (a rank makes progress whenever it reaches another instruction, so this bounds one instruction, not the step);
-    first: while ranks load a program and run it for the first time, which may compile; start: until the ranks are up. window: steps
-    that may be under way.
-    """
-
-    step: float = 300.0
-    first: float = 1800.0
-    start: float = 120.0
-    window: int = 16
 
 
 _BY_PAGE = frozenset((wire.Op.FORWARD, wire.Op.BACKWARD, wire.Op.COMMIT))
@@ -204,7 +187,7 @@ class Crew:
 
     def _doze(self, current: _Round, patience: float) -> None:
         """Sleep until something happens, again and again, until all ranks have answered."""
-        watch = _Patience(patience)
+        watch = Patience(patience)
         for box in self._boxes:
             box.sleep(1)
         self._fence()
@@ -332,27 +315,3 @@ class Crew:
             pass  # some rank is gone already; the rest is ended below
         finally:
             self.kill("it was closed")
-
-
-class _Patience:
-    """How long the ranks have made no progress."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.last: list[object] = []
-        now = time.monotonic()
-        self.since = now
-        self.next_look = now + LOOK_EVERY
-
-    def due(self) -> bool:
-        """Whether it is time for another look."""
-        return time.monotonic() >= self.next_look
-
-    def look(self, positions: list[Position]) -> float:
-        """Seconds without progress once they exceed the limit, else 0."""
-        now = time.monotonic()
-        self.next_look = now + LOOK_EVERY
-        marks: list[object] = [position.mark for position in positions]
-        if marks != self.last:
-            self.last, self.since = marks, now
-        return now - self.since if now - self.since > self.limit else 0.0

@@ -17,16 +17,13 @@ import mmap
 import os
 import socket
 import struct
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from . import wire
-from .chunks import ExchangeError
 from .communicator import Communicator
-from .errors import RunError
 from .executors.flat import FlatExecutor, Frame
 from .late import late_waits
 from .load import LoadedProgram, load
@@ -36,9 +33,10 @@ from .monitor import PAGE_BYTES, PageWriter, State
 from .ports import Piece, PortMap, writes
 from .program import RankProgram
 from .rendezvous import connect_local
+from .report import report_of
 from .resident import Resident
 from .segments import Location, MappedSegments
-from .transports.transport import TransportError
+from .views import PieceViews
 
 if TYPE_CHECKING:
     from .fusion import Fusion
@@ -46,11 +44,6 @@ if TYPE_CHECKING:
 
 _LOOK_FOR = 2e-4
 """Seconds that a rank without work looks for a message before it sleeps; only where every rank has a core."""
-
-_MAX_TEXT = 40_000
-_MAX_VIEWS = 4096
-_COMMUNICATION = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "Socket Timeout", "Broken pipe")
-_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "Unable to mmap")
 
 
 def main(sock: socket.socket, page_fd: int, shared: tuple[int, int], config: dict[str, Any]) -> NoReturn:
@@ -82,7 +75,7 @@ class Worker:
         self.inbox = Inbox(page, wire.Inbox(sock), _LOOK_FOR if has_core else 0.0)
         self.monitor: Any = self.page
         self.segments = MappedSegments()
-        self.views: dict[tuple[int, int, int], torch.Tensor] = {}
+        self.views = PieceViews(self.segments, self.device)
         self.communicator: Communicator
         self.programs: dict[int, Resident] = {}
         self.frames: dict[int, tuple[Resident, Frame]] = {}
@@ -162,18 +155,8 @@ class Worker:
         wire.send(self.sock, wire.Packet(wire.Op.DONE, packet.handle, packet.sequence, packet.ticket, payload), descriptors)
 
     def _report(self, packet: wire.Packet, error: Exception) -> None:
-        """Report an exception; of one that an executor has wrapped, the original."""
         self.failed = True
-        cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ is not None else error
-        text = str(cause)
-        report = {
-            "type": type(cause).__name__,
-            "message": text[:2000],
-            "traceback": "".join(traceback.format_exception(cause))[-_MAX_TEXT:],
-            "memory": isinstance(cause, MemoryError | torch.OutOfMemoryError) or any(mark in text for mark in _MEMORY),
-            "communication": isinstance(cause, ExchangeError | TransportError)
-            or (isinstance(cause, RuntimeError | OSError) and any(mark in text for mark in _COMMUNICATION)),
-        }
+        report = report_of(error)
         answer = wire.Packet(wire.Op.FAILED, packet.handle, packet.sequence, packet.ticket, json.dumps(report).encode())
         wire.send(self.sock, answer)
 
@@ -187,25 +170,6 @@ class Worker:
         self.views.clear()
         for ident in json.loads(packet.payload):
             self.segments.drop(ident)
-
-    def _view(self, piece: Piece, segment: int, offset: int) -> torch.Tensor:
-        """A piece of the tensor at that place. Blocks are used again and again, so views are kept."""
-        key = (id(piece), segment, offset)  # these pieces live as long as their program, which clears the views
-        found = self.views.get(key)
-        if found is None:
-            if len(self.views) >= _MAX_VIEWS:
-                self.views.clear()
-            found = self.views[key] = self._map_piece(piece, segment, offset)
-        return found
-
-    def _map_piece(self, piece: Piece, segment: int, offset: int) -> torch.Tensor:
-        return self.segments.tensor(Location(segment, offset + piece.offset), piece.shape, piece.stride, piece.dtype)
-
-    def _value(self, piece: Piece, segment: int, offset: int) -> torch.Tensor:
-        if piece.fill is not None:
-            return torch.full(piece.shape, piece.fill, dtype=piece.dtype, device=self.device)
-        view = self._view(piece, segment, offset)
-        return view if self.device.type == "cpu" else view.to(self.device)
 
     # --- programs
 
@@ -223,7 +187,7 @@ class Worker:
         for (_, _, at, start, stride), index in zip(head["bound"], ports.bound, strict=True):
             piece = Piece.of(program.inputs[index], self.mesh, self.rank, tuple(stride))
             if piece.fill is None:
-                bound[index] = self._map_piece(piece, at, start)
+                bound[index] = self.views.fresh(piece, at, start)
             else:
                 bound[index] = torch.full(piece.shape, piece.fill, dtype=piece.dtype)
         ready = load(program, self.rank, device=self.device if self.device.type == "cuda" else None)
@@ -300,7 +264,7 @@ class Worker:
     def _fed(self, loaded: Resident, packet: wire.Packet, segment: int) -> tuple[tuple[int, ...], list[torch.Tensor]]:
         numbers = loaded.offsets[segment].unpack(packet.payload)
         pieces = loaded.fed[segment]
-        return numbers, [self._value(piece, numbers[2 * i + 1], numbers[2 * i + 2]) for i, piece in enumerate(pieces)]
+        return numbers, [self.views.value(piece, numbers[2 * i + 1], numbers[2 * i + 2]) for i, piece in enumerate(pieces)]
 
     def _opener(self, loaded: Resident, epoch: int) -> Callable[[Sequence[torch.Tensor]], Frame]:
         """Frames with the bound values where the program runs: in place on the CPU; copied to a device when the controller says
@@ -317,7 +281,7 @@ class Worker:
         out: dict[int, torch.Tensor] = {}
         for i, (port, piece) in enumerate(loaded.out[segment]):
             if piece is not None:
-                out[port] = self._view(piece, numbers[start + 2 * i], numbers[start + 2 * i + 1])
+                out[port] = self.views.view(piece, numbers[start + 2 * i], numbers[start + 2 * i + 1])
         local = out if self.device.type == "cpu" else None
         values = loaded.executor.run(frame, loaded.program.segments[segment].name, fed, local)
         updates = []

@@ -28,11 +28,12 @@ import torch
 
 from .. import wire as packets
 from ..communicator import Wire
-from ..crew import Crew, Limits
+from ..crew import Crew
 from ..errors import InputError
 from ..matching import match_collectives
 from ..memory import SharedArena, default_arena
 from ..mesh import Mesh
+from ..patience import Limits
 from ..ports import PortMap, check_value
 from ..program import RankProgram
 from ..regions import summary
