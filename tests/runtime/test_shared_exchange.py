@@ -5,7 +5,6 @@ Ranks are threads here, each with a view of the same file; what they do is what 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_world import thread_world
 
 from hocket.runtime.chunks import ExchangeError
 from hocket.runtime.communicator import Wire
-from hocket.runtime.exchange import SLOT_BYTES, SLOTS, SPIN_CROWDED, Exchange, exchange_bytes
+from hocket.runtime.exchange import SLOT_BYTES, SLOTS, Exchange
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.shm import ShmCommunicator
 
@@ -30,30 +30,13 @@ class NoGloo(SimpleNamespace):
 
 
 def world(mesh: Mesh, work: Callable[[ShmCommunicator], object], timeout: float = 60.0) -> list[object]:
-    """Run ``work`` on every rank at once; exceptions are results."""
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, exchange_bytes(mesh))
-    results: list[object] = [None] * mesh.size
+    """Run ``work`` on every rank at once; errors of the exchange are results."""
 
-    def run(rank: int) -> None:
-        gloo = NoGloo(mesh=mesh, rank=rank, wire=Wire())
-        try:
-            with torch.no_grad():
-                results[rank] = work(ShmCommunicator(gloo, Exchange(os.dup(fd), mesh, rank, SPIN_CROWDED), timeout))
-        except Exception as error:
-            results[rank] = error
+    def run(exchange: Exchange) -> object:
+        gloo = NoGloo(mesh=mesh, rank=exchange.rank, wire=Wire())
+        return work(ShmCommunicator(gloo, exchange, timeout))
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(mesh.size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    os.close(fd)
-    for result in results:
-        if isinstance(result, Exception) and not isinstance(result, ExchangeError):
-            raise result
-    return results
+    return thread_world(mesh, run, ExchangeError)
 
 
 def values(rank: int, rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from thread_world import thread_world
 
 import hocket
 from hocket.compiler.cost.cluster import COLLECTIVES
@@ -17,7 +16,6 @@ from hocket.compiler.emit import emit
 from hocket.compiler.redistribute import StepKind
 from hocket.runtime.engines.local import LocalEngine
 from hocket.runtime.errors import InputError
-from hocket.runtime.exchange import SPIN_CROWDED, Exchange, exchange_bytes
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.transports.link import LinkSpec, LinkTransport, VirtualWire, check_transport
 from hocket.runtime.transports.shm import ShmTransport
@@ -29,28 +27,8 @@ SLOW = LinkSpec(0.02, 1e6)
 
 def world(spec: LinkSpec, work: Callable[[LinkTransport], object], timeout: float = 60.0, ranks: int = 2) -> list[object]:
     """Run ``work`` on every rank, a thread each; timeouts are results."""
-    mesh, fd = Mesh((("d", ranks),)), os.memfd_create("test")
-    os.ftruncate(fd, exchange_bytes(mesh))
-    results: list[object] = [None] * mesh.size
-
-    def run(rank: int) -> None:
-        try:
-            shm = ShmTransport(Exchange(os.dup(fd), mesh, rank, SPIN_CROWDED), timeout)
-            results[rank] = work(LinkTransport(shm, spec))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(mesh.size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    os.close(fd)
-    for result in results:
-        if isinstance(result, Exception) and not isinstance(result, TransportTimeout):
-            raise result
-    return results
+    mesh = Mesh((("d", ranks),))
+    return thread_world(mesh, lambda exchange: work(LinkTransport(ShmTransport(exchange, timeout), spec)), TransportTimeout)
 
 
 def test_a_signal_is_not_seen_before_its_bytes_could_be_there() -> None:

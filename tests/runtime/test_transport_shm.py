@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_world import thread_world
 
-from hocket.runtime.exchange import SPIN_CROWDED, Exchange, exchange_bytes
 from hocket.runtime.mail import CELL_BYTES, CELLS
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.transports.shm import ShmTransport
@@ -20,27 +19,7 @@ from hocket.runtime.transports.transport import TransportError, TransportTimeout
 
 def world(mesh: Mesh, work: Callable[[ShmTransport], object], timeout: float = 60.0) -> list[object]:
     """Run ``work`` on every rank, a thread each; transport errors are results."""
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, exchange_bytes(mesh))
-    results: list[object] = [None] * mesh.size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(ShmTransport(Exchange(os.dup(fd), mesh, rank, SPIN_CROWDED), timeout))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(mesh.size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    os.close(fd)
-    for result in results:
-        if isinstance(result, Exception) and not isinstance(result, TransportError):
-            raise result
-    return results
+    return thread_world(mesh, lambda exchange: work(ShmTransport(exchange, timeout)), TransportError)
 
 
 def test_what_was_put_before_a_signal_is_there_after_the_wait() -> None:
