@@ -84,6 +84,7 @@ class TileBody:
     length: int
     ops: list[_Op] = field(init=False)
     chains: dict[int, _Chain] = field(init=False, default_factory=dict)
+    _given: dict[Any, tuple[list[int], ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ops = []
@@ -98,14 +99,23 @@ class TileBody:
             if chain is not None:
                 self.chains[number] = chain
 
-    def run(self, operands: Sequence[torch.Tensor], sinks: Mapping[int, Sink]) -> dict[int, torch.Tensor]:
-        """Compute one tile. sinks: result number -> where it goes. Returns the tiles of the results without a sink."""
+    def candidates(self, hows: Mapping[int, str]) -> dict[int, int]:
+        """Calls that may compute straight into the sink of a result: product -> result number. hows: of the sinks."""
+        found = {}
+        for number, how in hows.items():
+            chain = self.chains.get(number)
+            if chain is not None and (how == "first" or chain.is_private):
+                found[chain.product] = number
+        return found
+
+    def run(
+        self, operands: Sequence[torch.Tensor], sinks: Mapping[int, Sink], candidates: Mapping[int, int] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Compute one tile. sinks: result number -> where it goes; candidates: of these sinks, where they are known. Returns the
+        tiles of the results without a sink."""
+        if candidates is None:
+            candidates = self.candidates({number: sink.how for number, sink in sinks.items()})
         slots: dict[int, Any] = dict(enumerate(operands))
-        candidates = {}
-        for n, sink in sinks.items():
-            chain = self.chains.get(n)
-            if chain is not None and (sink.how == "first" or chain.is_private):
-                candidates[chain.product] = n
         done: list[int] = []
         skipped: tuple[int, ...] = ()
         for index, (op, args, kwargs, is_flat) in enumerate(self.ops):
@@ -134,7 +144,7 @@ class TileBody:
     def _in_place(self, chain: _Chain, sink: Sink, op: str, args: list[Any]) -> torch.Tensor | None:
         """The product computed where its tile belongs; None where that memory cannot be seen as the product's result."""
         left, right = args[-2:]
-        shape = [*left.shape[:-1], right.shape[-1]]
+        shape = (*left.shape[:-1], right.shape[-1])
         memory = self._seen_by_product(chain, sink.memory, shape)
         out = memory if sink.out is None else self._seen_by_product(chain, sink.out, shape)
         if memory is None or out is None or memory.dtype != left.dtype:
@@ -147,9 +157,9 @@ class TileBody:
             _ADDING[op](memory, left, right, out=out)
         return memory
 
-    def _seen_by_product(self, chain: _Chain, memory: torch.Tensor, shape: list[int]) -> torch.Tensor | None:
+    def _seen_by_product(self, chain: _Chain, memory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The memory of a tile through the views of its chain, backwards; None where no view of it exists."""
-        shapes = self._shapes(chain, shape) if chain.views else []
+        shapes = self._shapes(chain, shape) if chain.views else ()
         for index, before in zip(reversed(chain.views), reversed(shapes), strict=True):
             op, args = self.loop.calls[index].op, self.ops[index].args
             if op == "aten.permute.default":
@@ -160,16 +170,18 @@ class TileBody:
                     memory = memory.view(before)
                 except RuntimeError:
                     return None
-        return memory if list(memory.shape) == shape else None
+        return memory if memory.shape == shape else None
 
-    def _shapes(self, chain: _Chain, shape: list[int]) -> list[list[int]]:
+    def _shapes(self, chain: _Chain, shape: tuple[int, ...]) -> tuple[list[int], ...]:
         """What each view of a chain is given, from the shape of the product."""
-        found = []
-        value = torch.empty(shape, device="meta")
-        for index in chain.views:
-            found.append(list(value.shape))
-            value = self.ops[index].op(value, *self.ops[index].args[1:])
-        return found
+        key = (chain.product, chain.views, shape)
+        if key not in self._given:
+            found, value = [], torch.empty(shape, device="meta")
+            for index in chain.views:
+                found.append(list(value.shape))
+                value = self.ops[index].op(value, *self.ops[index].args[1:])
+            self._given[key] = tuple(found)
+        return self._given[key]
 
 
 def _chain(loop: TileLoop, slot: int) -> _Chain | None:

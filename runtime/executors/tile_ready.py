@@ -24,13 +24,15 @@ Form = tuple[tuple[torch.dtype, torch.Size], ...]
 class Sizes:
     """What a loop needs for operands of one form.
 
-    shape, dtype, chunk_bytes: of one delivered chunk; published, delivered: bytes of the two parts of a half of a buffer; sent:
-    (collective, bytes that a rank sends) by the usual formulas; carried: bytes of a row of a published and of a delivered chunk.
+    shape, dtype, chunk_bytes: of one delivered chunk; whole: shape and dtype of every result; published, delivered: bytes of
+    the two parts of a half of a buffer; sent: (collective, bytes that a rank sends) by the usual formulas; carried: bytes of a row
+    of a published and of a delivered chunk.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunk_bytes: int
+    whole: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     published: int
     delivered: int
     sent: tuple[tuple[str, Fraction], ...]
@@ -100,26 +102,36 @@ class ReadyLoop:
             published = operands[loop.fetches].nbytes
             gathers = loop.reads[loop.fetches].kind == "gather"
             sent.append(("all_gather" if gathers else "all_to_all", Fraction(others * published, 1 if gathers else loop.parts)))
-        shape, dtype = self._delivered(operands)
+        whole = self._wholes(operands)
+        shape, dtype = ((0,), torch.float32) if loop.delivers is None else whole[loop.delivers]
+        if loop.delivers is not None:
+            kind = loop.results[loop.delivers].kind
+            if kind != "reduce_scatter":
+                shape = (shape[0] // loop.parts, *shape[1:])
+            delivered = dtype.itemsize * torch.Size(shape).numel() * (loop.parts if kind == "all_to_all" else 1)
         chunk_bytes = dtype.itemsize * torch.Size(shape).numel()
         if loop.delivers is not None:
             kind = loop.results[loop.delivers].kind
-            delivered = chunk_bytes * (loop.parts if kind == "all_to_all" else 1)
             sent.append((kind, Fraction(others * chunk_bytes * (2 if kind == "all_reduce" else 1))))
         pieces = loop.parts if loop.fetches is not None and loop.reads[loop.fetches].kind == "exchange" else 1
         carried = (published / pieces / loop.chunk, chunk_bytes / loop.chunk)
-        return Sizes(shape, dtype, chunk_bytes, aligned(published), aligned(delivered), tuple(sent), carried)
+        return Sizes(shape, dtype, chunk_bytes, whole, aligned(published), aligned(delivered), tuple(sent), carried)
 
-    def _delivered(self, operands: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of a delivered chunk, found by running the region without values; empty where nothing is delivered."""
-        if self.loop.delivers is None:
-            return (0,), torch.float32
-        start, length = self.loop.tile(0, 0)
+    def _wholes(self, operands: Sequence[torch.Tensor]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of every result, found by running the region on one tile without values."""
+        loop = self.loop
+        start, length = loop.tile(0, 0)
         bare = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device="meta") for o in operands]
-        views = [tile_of(self.loop, i, o, (0, start, length), 0) for i, o in enumerate(bare)]
-        tile, result = self.body(length).run(views, {})[self.loop.delivers], self.loop.results[self.loop.delivers]
-        assert result.cut is not None
-        return (self.loop.chunk * result.cut.inner, *tile.shape[1:]), tile.dtype
+        tiles = self.body(length).run([tile_of(loop, i, o, (0, start, length), 0) for i, o in enumerate(bare)], {})
+        found = []
+        for number, result in enumerate(loop.results):
+            shape = list(tiles[number].shape)
+            if result.cut is not None and result.kind != "sum":
+                shape[result.cut.dim] = result.cut.outer * loop.rows * result.cut.inner
+            if result.kind == "reduce_scatter":
+                shape[0] //= loop.parts
+            found.append((tuple(shape), tiles[number].dtype))
+        return tuple(found)
 
 
 def aligned(nbytes: int) -> int:

@@ -24,8 +24,9 @@ _ROUND = 1 << 16
 
 @dataclass
 class AxisLoops:
-    """The loops of one axis: their buffer, and how many there were."""
+    """The loops of one axis: this rank's index, their buffer, and how many there were."""
 
+    index: int
     buffer: Symmetric | None = None
     epoch: int = 0
 
@@ -65,9 +66,10 @@ class TileRunner:
         given = list(operands)
         if loop.fetches is not None:
             given[loop.fetches] = given[loop.fetches].contiguous()
-        axis = self.axes.setdefault(loop.axis, AxisLoops())
-        index = self.transport.mesh.coordinate(self.transport.rank)[loop.axis]
-        work = LoopRun(ready, index, axis.epoch, given)
+        axis = self.axes.get(loop.axis)
+        if axis is None:
+            axis = self.axes[loop.axis] = AxisLoops(self.transport.mesh.coordinate(self.transport.rank)[loop.axis])
+        work = LoopRun(ready, axis.index, axis.epoch, given)
         work.memory = self.buffer(axis, loop.axis, work.sizes.arena)
         axis.epoch += 1
         for kind, sent in work.sizes.sent:

@@ -10,15 +10,27 @@ views of the buffers, and which views of the operands each step takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..tile_loop import Cut, narrow, place
+from ..tile_loop import Cut, TileLoop, narrow, place
 from ..tile_schedule import HALVES, Step
-from .tile_body import Sink
+from .tile_body import Sink, TileBody
 from .tile_ready import ALIGN, ReadyLoop, tile_of
+
+_Read = tuple[int, int, int] | torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None
+
+
+class _Turn(NamedTuple):
+    """A ``compute`` step, ready: how it sees the operands; its sinks (result, how, memory of a buffer, span of the result)."""
+
+    body: TileBody
+    reads: tuple[_Read, ...]
+    sinks: tuple[tuple[int, str, torch.Tensor | None, tuple[int, int, int] | None], ...]
+    candidates: dict[int, int]
 
 
 class Memory(Protocol):
@@ -47,16 +59,17 @@ class LoopRun:
         self.memory, self.script = memory, script
         self.form = tuple([(o.dtype, o.shape) for o in operands])
         self.sizes = ready.sizes(self.form, operands)
-        self.whole: dict[int, torch.Tensor] = {}
+        device = operands[0].device
+        self.whole = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.sizes.whole]
         self._known: dict[Any, Any] | None = None
 
     def work(self) -> Iterator[Step]:
         """Do all steps; a ``wait`` or ``signal`` is yielded for the caller to carry out."""
         base = 0 if self.script is not None else self.epoch * (self.loop.parts + 1)
-        for step in self.ready.script(self.rank) if self.script is None else self.script:
+        for index, step in enumerate(self.ready.script(self.rank) if self.script is None else self.script):
             kind = step.kind
             if kind == "compute":
-                self._compute(step)
+                self._compute(index, step)
             elif kind in ("wait", "signal"):
                 yield step if not base else Step(kind, step.peer, step.slot, step.value + base, step.chunk, step.tile)
             elif kind == "publish":
@@ -71,7 +84,7 @@ class LoopRun:
         for number, result in enumerate(self.loop.results):
             if result.reduce_op == "avg":
                 self.whole[number].div_(self.loop.parts)
-        return [self.whole[number] for number in range(len(self.loop.results))]
+        return self.whole
 
     def carried(self, step: Step) -> int:
         """Bytes of the tile that a signal announces."""
@@ -137,71 +150,87 @@ class LoopRun:
             rows = (piece * self.loop.chunk + start) * read.cut.inner
             mine.narrow(0, rows, length * read.cut.inner).copy_(operand.narrow(0, rows, length * read.cut.inner))
 
-    def _compute(self, step: Step) -> None:
-        start, length = self.loop.tile(step.chunk, step.tile)
+    def _compute(self, index: int, step: Step) -> None:
+        if self.script is not None:
+            turn = self._turn(step)
+        else:
+            key, known = (self.epoch % HALVES, index), self._views()
+            turn = known.get(key) or known.setdefault(key, self._turn(step))
         views = []
-        for index, operand in enumerate(self.operands):
-            read = self.loop.reads[index]
-            if read.cut is None:
+        for operand, read in zip(self.operands, turn.reads, strict=True):
+            if read is None:
                 views.append(operand)
-            elif read.kind == "tiled" and read.cut.outer == 1:
-                cut = read.cut
-                views.append(operand.narrow(cut.dim, start * cut.inner, length * cut.inner))
+            elif type(read) is tuple:
+                views.append(operand.narrow(*read))
             else:
-                views.append(self._fetched(index, operand, step, (start, length)))
-        found = self.ready.body(length).run(views, self._sinks(step, start, length))
-        for number, value in found.items():
-            self._keep(number, value, start)
+                views.append(read if isinstance(read, torch.Tensor) else read(operand))
+        sinks = {}
+        for number, how, memory, spot in turn.sinks:
+            place_ = self.whole[number] if spot is None else self.whole[number].narrow(*spot)
+            sinks[number] = Sink(how, place_) if memory is None else Sink(how, memory, place_ if how == "finish" else None)
+        for number, value in turn.body.run(views, sinks, turn.candidates).items():
+            cut = self.loop.results[number].cut
+            assert cut is not None
+            place(self.whole[number], value, cut, self.loop.rows, self.loop.tile(step.chunk, step.tile)[0])
 
-    def _fetched(self, index: int, operand: torch.Tensor, step: Step, span: tuple[int, int]) -> torch.Tensor:
-        """A tile of an operand that lies otherwise; of one that comes from a peer, in that peer's memory."""
-        where = (step.chunk, *span)
-        if index != self.loop.fetches or step.chunk == self.rank:
-            return tile_of(self.loop, index, operand, where, self.rank)
-        key = ("tile", self.epoch % HALVES, step.chunk, step.tile)
-        found = self._views().get(key)
-        if found is None:
-            found = self._views()[key] = tile_of(self.loop, index, self._published(step.chunk), where, self.rank)
-        return found
-
-    def _sinks(self, step: Step, start: int, length: int) -> dict[int, Sink]:
-        found: dict[int, Sink] = {}
+    def _turn(self, step: Step) -> _Turn:
+        """What a step reads and writes, in the half of this epoch."""
+        start, length = self.loop.tile(step.chunk, step.tile)
+        body = self.ready.body(length)
+        reads = tuple(self._read(index, step, (start, length)) for index in range(len(self.loop.reads)))
+        sinks: list[tuple[int, str, torch.Tensor | None, tuple[int, int, int] | None]] = []
         for number, result in enumerate(self.loop.results):
             if number == self.loop.delivers:
-                found[number] = self._delivery(step)
-            elif number not in self.whole:
-                continue
+                sinks.append((number, *self._delivery(step)))
             elif result.kind == "sum":
-                found[number] = Sink("add", self.whole[number])
+                sinks.append((number, "first" if self._is_first(step) else "add", None, None))
             elif result.cut is not None and result.cut.outer == 1:
-                found[number] = Sink("first", narrow(self.whole[number], result.cut, self.loop.rows, start, length))
-        return found
+                inner = result.cut.inner
+                sinks.append((number, "first", None, (result.cut.dim, start * inner, length * inner)))
+        return _Turn(body, reads, tuple(sinks), body.candidates({number: how for number, how, *_ in sinks}))
 
-    def _delivery(self, step: Step) -> Sink:
+    def _is_first(self, step: Step) -> bool:
+        script = self.ready.script(self.rank) if self.script is None else self.script
+        return next(s for s in script if s.kind == "compute")[4:6] == step[4:6]
+
+    def _read(self, index: int, step: Step, span: tuple[int, int]) -> _Read:
+        """How a step sees an operand: None for the whole, a span of one dimension, a peer's memory, or a function of it."""
+        read, (start, length) = self.loop.reads[index], span
+        if read.cut is None:
+            return None
+        cut = read.cut
+        if read.kind == "tiled":
+            if cut.outer == 1:
+                return (cut.dim, start * cut.inner, length * cut.inner)
+            return functools.partial(narrow, cut=cut, rows=self.loop.rows, start=start, length=length)
+        where = (step.chunk, start, length)
+        if step.chunk != self.rank:
+            return tile_of(self.loop, index, self._published(step.chunk), where, self.rank)
+        return functools.partial(_own_tile, self.loop, index, where, self.rank)  # kept: it must not hold this run's operands
+
+    def _delivery(self, step: Step) -> tuple[str, torch.Tensor | None, tuple[int, int, int] | None]:
+        """How the delivered tile of a step is taken, its place in a buffer, and in the result."""
         if step.how == "finish":
-            return Sink("finish", self._delivered(self.rank, 0, step.tile), self._finished(0, step.tile))
+            return "finish", self._delivered(self.rank, 0, step.tile), self._spot(0, step.tile)
         if step.how == "own":
-            return Sink("first", self._finished(self._own_section(), step.tile))
+            return "first", None, self._spot(self._own_section(), step.tile)
         section = self.rank if step.how == "send" else 0
-        return Sink("add" if step.how == "add" else "first", self._delivered(step.chunk, section, step.tile))
+        return "add" if step.how == "add" else "first", self._delivered(step.chunk, section, step.tile), None
+
+    def _spot(self, section: int, tile: int) -> tuple[int, int, int]:
+        """A tile in the delivered result: in chunk ``section``, or in the only chunk of a reduce-scatter."""
+        start, length = self.loop.tile(section, tile)
+        inner = self._delivered_cut().inner
+        return 0, start * inner, length * inner
+
+    def _finished(self, section: int, tile: int) -> torch.Tensor:
+        assert self.loop.delivers is not None
+        return self.whole[self.loop.delivers].narrow(*self._spot(section, tile))
 
     def _own_section(self) -> int:
         """Where this rank's chunk lies in the result."""
         assert self.loop.delivers is not None
         return 0 if self.loop.results[self.loop.delivers].kind == "reduce_scatter" else self.rank
-
-    def _finished(self, section: int, tile: int) -> torch.Tensor:
-        """The place of a tile in the result: in chunk ``section``, or in the only chunk of a reduce-scatter."""
-        number = self.loop.delivers
-        assert number is not None
-        whole = self.whole.get(number)
-        if whole is None:
-            chunks = 1 if self.loop.results[number].kind == "reduce_scatter" else self.loop.parts
-            shape = (chunks * self.sizes.shape[0], *self.sizes.shape[1:])
-            whole = self.whole[number] = torch.empty(shape, dtype=self.sizes.dtype, device=self.operands[0].device)
-        start, length = self.loop.tile(section, tile)
-        inner = self._delivered_cut().inner
-        return whole.narrow(0, start * inner, length * inner)
 
     def _merge(self, tile: int) -> None:
         """Own part and what arrived: into the result where nobody else needs it, else into the buffer that all read."""
@@ -216,15 +245,6 @@ class LoopRun:
         section = step.chunk if step.peer == self.rank and step.chunk != self.rank else 0
         self._finished(step.chunk, step.tile).copy_(self._delivered(step.peer, section, step.tile))
 
-    def _keep(self, number: int, value: torch.Tensor, start: int) -> None:
-        """The first tile of a result, and those that cannot be written in place."""
-        result = self.loop.results[number]
-        if result.kind == "sum":
-            self.whole[number] = value.clone(memory_format=torch.contiguous_format)  # it may be a view of an operand
-            return
-        assert result.cut is not None
-        if number not in self.whole:
-            shape = list(value.shape)
-            shape[result.cut.dim] = result.cut.outer * self.loop.rows * result.cut.inner
-            self.whole[number] = torch.empty(shape, dtype=value.dtype, device=value.device)
-        place(self.whole[number], value, result.cut, self.loop.rows, start)
+
+def _own_tile(loop: TileLoop, index: int, where: tuple[int, int, int], rank: int, operand: torch.Tensor) -> torch.Tensor:
+    return tile_of(loop, index, operand, where, rank)
