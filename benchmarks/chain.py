@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import chain_decide
 import chain_decode
+import chain_depth
+import chain_pixels
 import chain_recurrent
 import chain_sample
 import chain_time
@@ -36,6 +38,8 @@ def main() -> None:
         "recurrent": lambda: chain_recurrent.rows(quick=options.quick),
         "decide": lambda: chain_decide.rows(quick=options.quick),
         "sample": lambda: chain_sample.rows(quick=options.quick),
+        "pixels": lambda: chain_pixels.rows(quick=options.quick),
+        "depth": lambda: chain_depth.rows(quick=options.quick),
         "time": lambda: chain_time.rows(quick=options.quick),
         "decode": lambda: chain_decode.rows(quick=options.quick),
     }

@@ -21,10 +21,12 @@ PRINTS = {
     "decorator": ("loss",),
     "own_pass": ("split-silu: ", "applied | silu written as a product | own_pass.py:", "refused: the result of pass split-silu"),
     "pipeline": ("step 4: loss", "gradients equal to the plain model's to the last bit: True"),
+    "pipeline_train": ("step 4: loss", "the next step is that of one process, but for rounding: True"),
     "pipeline_schedule": ("1F1B takes", "no schedule of these stages is faster than"),
     "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),
     "sample": ("the same samples: True", "InputError: cond's parameters of position"),
     "sequential": ("a chain of 64 steps of", "gradients like the loop's: True"),
+    "time_ranks": ("each rank runs a segment of the steps: True", "but for rounding: True"),
     "tiles": ("largest difference from the plain model:", "kinds of tile loops:"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
 }

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_te
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec
 
+from ..chains.loops import loop_operators
 from ..errors import CaptureError
 from ..program import NOTE, Literal, Note, Role, RoleKind
 from ..rules.decompose import exact_decompositions
@@ -96,6 +97,7 @@ class Tracer:
             for context in (_quiet_backends(), request.mode, self.random.generator_state(), _use_lazy_graph_module(True)):  # noqa: FBT003
                 stack.enter_context(context)
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(loop_operators())
             traced = make_fx(
                 lambda *flat: self._step(*flat), decomposition_table=exact_decompositions(), _allow_non_fake_inputs=True
             )

@@ -20,12 +20,13 @@ from ...runtime.errors import ProgramError
 from ...runtime.fixedpoint.body import Body, Call, check_body, read_body
 from ...runtime.fixedpoint.how import How, read_how
 from ...runtime.fixedpoint.op import chain_op
+from ...runtime.fixedpoint.resume import resume_op
 from ...runtime.ops import NAMESPACES, op_name, overload_of
 from ...runtime.templates import encode_constant
 from ..errors import UnsupportedError
 from ..program import graph_module, note, output_node
 
-__all__ = ["BodyGraph", "How", "body_graph", "chain_op", "read_body", "read_how", "refuse"]
+__all__ = ["BodyGraph", "How", "body_graph", "chain_op", "read_body", "read_how", "refuse", "resume_op"]
 
 
 @dataclass

@@ -21,11 +21,16 @@ from torch import Tensor, nn
 
 from ..capture import capture
 from ..errors import HocketError, InputError
+from ..program import Program
+from .image_layers import find_regions
+from .regions import RegionNet, Regions
 from .slices import SlicedNet
 from .units import ROWS, Units, UnsliceableError, find_units
+from .window import best_size, clock
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 WINDOWS = (64, 128, 32, 256, 16, 512, 8)
+KEPT_RATES = 8
 
 
 @dataclass
@@ -76,19 +81,20 @@ class DenseNet:
         """The parameters of the window's places."""
         return self._cond(self.inputs[:, self._place])[:, self._order[slice(*self._window)]]
 
-    def end(self, *, is_current: bool) -> None:
-        """Leave the window; nothing is kept."""
+    def settle(self, place: int) -> None:
+        """Nothing is kept."""
 
 
 @dataclass
 class _Known:
-    """What was found out about a network: its units or why there are none, and places settled per second by window and rows."""
+    """What was found out about a network: its units or image rows, or why there are none; places settled per second by window and
+    rows."""
 
     versions: tuple[int, ...]
     order: Tensor
-    units: Units | None
+    parts: Units | Regions | None
     reason: str
-    rates: dict[tuple[int, int], float] = field(default_factory=dict)
+    rates: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -120,41 +126,54 @@ def sample(
     rows, positions = _check(cond, noise, window, tolerance)
     ranks, places = _ranks(order, positions)
     dtype = next((p.dtype for p in cond.parameters() if p.is_floating_point()), torch.float32)
-    start = time.perf_counter()
+    start, begin = time.perf_counter(), clock()
     known = _known(cond, places, ranks, dtype)
-    net = SlicedNet(known.units, rows, dtype) if known.units else DenseNet(cond, places, rows, dtype)
+    net = _net(known, cond, rows, dtype)
     size = window if isinstance(window, int) else _window(known, rows, positions)
     exact = (
         "as place by place, bit for bit where values are from a finite set" if tolerance == 0 else f"changes below {tolerance:g}"
     )
-    how = "only what a window can change was computed" if known.units else f"the whole network each sweep: {known.reason}"
+    how = f"the whole network each sweep: {known.reason}" if known.parts is None else "only what a window can change was computed"
     report = SampleReport(positions, min(size, positions), exact, how)
     _solve(net, draw, noise[:, places], (report, tolerance), progress=progress)
     report.seconds = time.perf_counter() - start
-    known.rates[size, rows] = max(positions / report.seconds, known.rates.get((size, rows), 0.0))
+    known.rates.setdefault((size, rows), []).append(positions / max(clock() - begin, 1e-9))
+    del known.rates[size, rows][:-KEPT_RATES]
     return Sampled(net.inputs[:, places.argsort()], report)
 
 
-def _solve(net: SlicedNet | DenseNet, draw: Draw, noise: Tensor, plan: tuple[SampleReport, float], *, progress: bool) -> None:
-    report, tolerance = plan
+def _solve(
+    net: SlicedNet | RegionNet | DenseNet, draw: Draw, noise: Tensor, plan: tuple[SampleReport, float], *, progress: bool
+) -> None:
+    report, _ = plan
     starts = range(0, report.places, report.window)
     for start in track(starts, "sampling", transient=True) if progress else starts:
-        end = min(start + report.window, report.places)
-        net.begin(start, end)
-        held, given = net.inputs[:, start:end], noise[:, start:end]
-        change = float("inf")
-        for _ in range(end - start):  # as many sweeps as places settle a window whatever the guess
-            drawn = _drawn(draw, net.parameters(), given)
-            report.sweeps += 1
-            change = 0.0 if torch.equal(drawn, held) else float((drawn - held).abs().max()) if tolerance else float("inf")
-            if change == 0.0:
-                break
-            held.copy_(drawn)
-            if change <= tolerance:
-                report.residual = max(report.residual, change)
-                break
-        net.end(is_current=change == 0.0)
+        _settle(net, draw, noise, (start, min(start + report.window, report.places)), plan)
         report.windows += 1
+
+
+def _settle(
+    net: SlicedNet | RegionNet | DenseNet,
+    draw: Draw,
+    noise: Tensor,
+    window: tuple[int, int],
+    plan: tuple[SampleReport, float],
+) -> None:
+    """Sweep a window until nothing in it changes."""
+    (start, end), (report, tolerance) = window, plan
+    net.begin(start, end)
+    held, given = net.inputs[:, start:end], noise[:, start:end]
+    for _ in range(end - start):  # as many sweeps as places settle a window whatever the guess
+        drawn = _drawn(draw, net.parameters(), given)
+        report.sweeps += 1
+        if torch.equal(drawn, held):
+            net.settle(end - 1)  # what the last place alone changes has not been computed
+            return
+        change = float((drawn - held).abs().max()) if tolerance else float("inf")
+        held.copy_(drawn)
+        if change <= tolerance:
+            report.residual = max(report.residual, change)
+            return
 
 
 def _drawn(draw: Draw, parameters: Tensor, noise: Tensor) -> Tensor:
@@ -186,6 +205,9 @@ def _analysed(cond: nn.Module, places: Tensor, ranks: Tensor, dtype: torch.dtype
     try:
         program = capture(cond, (example,), train=False)
         tensors = {**dict(cond.named_parameters(remove_duplicate=False)), **dict(cond.named_buffers(remove_duplicate=False))}
+        if any(node.target is torch.ops.aten.convolution.default for node in program.nodes):
+            _check_causal(cond, example, places, firsts)
+            return _Known((), places, _regions(program, tensors, places, firsts), "")
         units = find_units(program, tensors, places.argsort())
     except (UnsliceableError, HocketError) as error:
         _check_causal(cond, example, places, firsts)
@@ -196,6 +218,23 @@ def _analysed(cond: nn.Module, places: Tensor, ranks: Tensor, dtype: torch.dtype
         reads = int(ordered.degree_of_outputs()[late[0]])
         raise InputError(_not_causal(int(places[late[0]]), int(places[reads])))
     return _Known((), places, ordered, "")
+
+
+def _regions(program: Program, tensors: dict[str, Tensor], places: Tensor, firsts: Tensor) -> Regions:
+    """The rows of the image that a convolutional network works on, one row after the other."""
+    in_order = torch.arange(len(places))
+    if not (torch.equal(places, in_order) and torch.equal(firsts, in_order)):
+        raise UnsliceableError("convolutions are followed for pixels drawn row by row only, one at a time")
+    return find_regions(program, tensors, len(places))
+
+
+def _net(known: _Known, cond: nn.Module, rows: int, dtype: torch.dtype) -> SlicedNet | RegionNet | DenseNet:
+    match known.parts:
+        case Units():
+            return SlicedNet(known.parts, rows, dtype)
+        case Regions():
+            return RegionNet(known.parts, rows, dtype)
+    return DenseNet(cond, known.order[0], rows, dtype)
 
 
 def _check_causal(cond: nn.Module, example: Tensor, places: Tensor, firsts: Tensor) -> None:
@@ -220,11 +259,11 @@ def _not_causal(position: int, later: int) -> str:
 
 
 def _window(known: _Known, rows: int, positions: int) -> int:
-    """The size that settled most places per second for as many rows; sizes not tried yet first."""
-    sizes = [w for w in WINDOWS if w < positions] if known.units else []
-    sizes.append(positions)
-    untried = [w for w in sizes if (w, rows) not in known.rates]
-    return untried[0] if untried else max(sizes, key=lambda w: known.rates[w, rows])
+    """The size that settled most places per second for as many rows."""
+    sizes = [w for w in WINDOWS if w < positions] if isinstance(known.parts, Units) else []
+    if isinstance(known.parts, Regions):
+        sizes = [n * known.parts.width for n in (2, 4, 1, 8) if n * known.parts.width < positions]
+    return best_size([*sizes, positions], lambda w: known.rates.get((w, rows), []))
 
 
 def _ranks(order: Tensor | Sequence[int] | Sequence[Sequence[int]] | None, positions: int) -> tuple[Tensor, Tensor]:

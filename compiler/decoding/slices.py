@@ -7,6 +7,7 @@ What settled units contribute to an affine map is added up once per window, so a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 from .units import Affine, Bank, Columns, Cut, Pointwise, Units
+
+BAND, BAND_ROWS = 128, 8
+"""Units of a bank multiplied at once: later units read more columns, so a band of them skips the zeros of the bands before. With
+fewer rows in the batch, a product costs too little for that to pay."""
 
 
 class SlicedNet:
@@ -44,10 +49,10 @@ class SlicedNet:
         for index, bank in enumerate(self._units.banks[1:], 1):
             low, high = self._slices[index]
             if low > self._settled[index]:
-                self._changing(index, bank, (self._settled[index], low), is_settled=True)()
+                self._settling(index, bank, (self._settled[index], low))
                 self._settled[index] = low
             if low < high:
-                self._sweep.append(self._changing(index, bank, (low, high), is_settled=False))
+                self._sweep += self._changing(index, bank, (low, high))
         self._read = self._reader(cut, end - start)
 
     def parameters(self) -> Tensor:
@@ -56,24 +61,41 @@ class SlicedNet:
             compute()
         return self._read()
 
-    def end(self, *, is_current: bool) -> None:
-        """Leave the window. is_current: whether the last parameters came from the values its columns have now."""
-        if is_current:
-            self._settled = [max(high, low) for low, high in self._slices]
+    def settle(self, place: int) -> None:
+        """The places before ``place`` keep the values from which the last parameters were computed."""
+        self._settled = [max(bank.below(place), known) for bank, known in zip(self._units.banks, self._settled, strict=True)]
 
-    def _changing(self, index: int, bank: Bank, part: tuple[int, int], *, is_settled: bool) -> Callable[[], object]:
-        """What computes some units of a bank: views are made here, once a window, not in every sweep. is_settled: all their sources
-        are.
-        """
+    def _settling(self, index: int, bank: Bank, part: tuple[int, int]) -> None:
+        """Compute units whose sources are all settled."""
         low, high = part
         out = self._values[index][:, low:high]
         if isinstance(bank.rule, Pointwise):
-            return self._pointwise(bank.rule, out, low, high)
+            self._pointwise(bank.rule, out, low, high)()
+            return
         assert isinstance(bank.rule, Affine)
-        base, blocks = self._from_settled(bank.rule, low, high), []
+        out.copy_(self._from_settled(bank.rule, low, high))
+
+    def _changing(self, index: int, bank: Bank, part: tuple[int, int]) -> list[Callable[[], object]]:
+        """What computes some units of a bank: views are made here, once a window, not in every sweep."""
+        low, high = part
+        if isinstance(bank.rule, Pointwise):
+            return [self._pointwise(bank.rule, self._values[index][:, low:high], low, high)]
+        assert isinstance(bank.rule, Affine)
+        base = self._from_settled(bank.rule, low, high)
+        bands = -(-(high - low) // BAND) if self.inputs.shape[0] >= BAND_ROWS else 1
+        edges = [low + (high - low) * k // bands for k in range(bands + 1)]
+        return [self._band(index, bank, (a, b), base[:, a - low : b - low]) for a, b in itertools.pairwise(edges)]
+
+    def _band(self, index: int, bank: Bank, part: tuple[int, int], base: Tensor) -> Callable[[], object]:
+        """What computes neighbouring units of an affine bank: they read the changing units up to the last degree among them."""
+        assert isinstance(bank.rule, Affine)
+        low, high = part
+        out, degree = self._values[index][:, low:high], int(bank.degrees[high - 1])
+        blocks = []
         for source, weight in bank.rule.sources:
             first, last = self._slices[source]
-            if first < last and not is_settled:
+            last = min(last, self._units.banks[source].below(degree + 1))
+            if first < last:
                 blocks.append((self._values[source][:, first:last], weight[low:high, first:last].t()))
         if not blocks:
             return lambda: out.copy_(base)

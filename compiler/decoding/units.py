@@ -177,7 +177,7 @@ class _Finder:
         (result,) = [r for r in program.results[:1] if r is not None]
         if result not in self.ids:
             raise UnsliceableError("the result does not depend on the input")
-        ids = _one_row(self.ids[result], result)
+        ids = one_row(self.ids[result], result)
         flat = ids.reshape(ids.shape[0], -1)
         return Units(tuple(self._banks), torch.stack(self._located(flat), dim=-1), tuple(ids.shape[1:]))
 
@@ -193,7 +193,7 @@ class _Finder:
             self.ids[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         elif node.target in AFFINE and not node.kwargs:
             self.ids[node] = self._affine(node)
-        elif isinstance(node.target, torch._ops.OpOverload) and _is_pointwise(node.target):
+        elif isinstance(node.target, torch._ops.OpOverload) and is_pointwise(node.target):
             self.ids[node] = self._pointwise(node)
         else:
             raise UnsliceableError(f"{node.target} is neither affine, pointwise nor a change of layout ({note(node).source})")
@@ -202,7 +202,7 @@ class _Finder:
         *bias, source, weight = cast(tuple[fx.Node, ...], node.args)
         if source not in self.ids or weight not in self.constants or any(b not in self.constants for b in bias):
             raise UnsliceableError(f"{node.target} multiplies computed elements with each other ({note(node).source})")
-        read = _one_row(self.ids[source], node)
+        read = one_row(self.ids[source], node)
         matrix = self.constants[weight].detach().t()  # [out, in]
         banks, columns = self._located(read)
         degrees = self._degrees(banks, columns)
@@ -226,7 +226,7 @@ class _Finder:
             raise UnsliceableError(f"{node.target} gives {value.dtype}, not {self._dtype} ({note(node).source})")
         shape = value.shape
         read = {n: self.ids[n].expand(shape) for n in node.all_input_nodes if n in self.ids}
-        rows = {n: _one_row(ids, node).reshape(-1) for n, ids in read.items()}
+        rows = {n: one_row(ids, node).reshape(-1) for n, ids in read.items()}
         located = {n: self._located(row) for n, row in rows.items()}
         degrees = torch.stack([self._degrees(*where) for where in located.values()]).amax(dim=0)
 
@@ -279,11 +279,12 @@ def _neighbours(columns: Tensor) -> slice | Tensor:
     return slice(first, first + len(columns)) if bool((columns.diff() == 1).all()) else columns.contiguous()
 
 
-def _is_pointwise(target: torch._ops.OpOverload) -> bool:
+def is_pointwise(target: torch._ops.OpOverload) -> bool:
+    """Whether an op works element by element and draws no random numbers."""
     return torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def _one_row(ids: Sequence[Any] | Tensor, node: fx.Node) -> Tensor:
+def one_row(ids: Sequence[Any] | Tensor, node: fx.Node) -> Tensor:
     """Ids of one row of the batch; all rows are alike unless a layout op mixed them."""
     if not isinstance(ids, Tensor) or ids.dim() < 2 or ids.shape[0] != ROWS or not torch.equal(ids[0], ids[1]):
         raise UnsliceableError(f"{node.target} mixes the rows of the batch ({note(node).source})")

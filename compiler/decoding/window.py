@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from ..errors import InputError
 
 SIZES = (1, 2, 4, 8, 16, 32)
+TRIES, FAR_BEHIND = 3, 2.0
 LOOK = 16  # every so many sweeps, look one size further: what is not tried shows nothing
 FORGET = 0.97  # weight of the past after each sweep: text changes its nature
 
@@ -71,3 +76,21 @@ def window_for(window: int | str) -> Window:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise InputError(f'window must be a number of tokens from 1 up, or "auto"; found {window!r}')
     return Window(window)
+
+
+def best_size(sizes: Sequence[int], rates: Callable[[int], Sequence[float]]) -> int:
+    """The size to use next, given the places a second that each has settled so far: the best, once all were tried.
+
+    Every size is tried once, and those that do not fall far behind some times more: the first call of a size prepares it.
+    """
+    untried = next((size for size in sizes if not rates(size)), None)
+    if untried is not None:
+        return untried
+    best = {size: max(rates(size)) for size in sizes}
+    close = (size for size in sizes if len(rates(size)) < TRIES and best[size] * FAR_BEHIND > max(best.values()))
+    return next(close, max(sizes, key=lambda size: best[size]))
+
+
+def clock() -> float:
+    """CPU seconds where one thread does all the work, so that a busy machine misleads nobody; wall seconds otherwise."""
+    return time.process_time() if torch.get_num_threads() == 1 and not torch.cuda.is_initialized() else time.perf_counter()

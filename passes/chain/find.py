@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,9 @@ PICKS = frozenset(
         operator.getitem,
     )
 )
+OPERANDS = frozenset((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor))
+"""Ops whose second argument may be an integer that moves from step to step."""
+
 PICKED_OFTEN = 6
 """A value that so many picks of one kind read is taken apart from outside, not within a step."""
 
@@ -60,7 +63,8 @@ class Found:
     """A chain in a graph.
 
     nodes: of all steps, in order; period, count: nodes of a step, steps; slots: per node argument of a step, in order, where it
-    comes from; streams: per stream its value in each step; inits: (offset, distance) -> the value before the first step.
+    comes from; streams: per stream its value in each step; inits: (offset, distance) -> the value before the first step; moving:
+    offset of a node one of whose integers goes on by the same amount each step -> (its first value, the amount).
     """
 
     nodes: list[fx.Node]
@@ -69,6 +73,7 @@ class Found:
     slots: list[Slot]
     streams: list[tuple[fx.Node, ...]]
     inits: dict[tuple[int, int], fx.Node]
+    moving: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def carries(self) -> list[tuple[int, int]]:
@@ -235,10 +240,14 @@ def _read(table: _Table, start: int, period: int, count: int) -> Found | str:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return f"a step draws random numbers ({node.target})"
     reader = _Reader(table, start, period, count)
+    moving: dict[int, tuple[int, int]] = {}
     for offset in range(period):
         places = range(start + offset, start + period * count, period)
         if len({tuple(table.integers[place]) for place in places}) != 1:
-            return f"an integer of {nodes[offset].target} moves from step to step (index arithmetic)"
+            moved = _progression(nodes[offset], [table.integers[place] for place in places])
+            if moved is None:
+                return f"an integer of {nodes[offset].target} moves from step to step (index arithmetic)"
+            moving[offset] = moved
         for position in range(len(table.arguments[start + offset])):
             problem = reader.argument(offset, [table.arguments[place][position] for place in places])
             if problem:
@@ -248,7 +257,19 @@ def _read(table: _Table, start: int, period: int, count: int) -> Found | str:
     missing = [(o, d) for (o, far) in list(reader.inits) for d in range(1, far) if (o, d) not in reader.inits]
     if missing:
         return "a step reads a result of several steps before without those in between"
-    return Found(nodes, period, count, reader.slots, list(reader.streams), reader.inits)
+    return Found(nodes, period, count, reader.slots, list(reader.streams), reader.inits, moving)
+
+
+def _progression(node: fx.Node, integers: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """(first value, amount) where the one integer of a node that moves is an operand or an index, and goes on evenly."""
+    is_operand = node.target in OPERANDS and len(node.args) == 2 and type(node.args[1]) is int and not node.kwargs
+    if not is_operand and node.target is not aten.select.int:
+        return None
+    *fixed, moved = zip(*integers, strict=True)
+    step = moved[1] - moved[0]
+    is_even = all(value == moved[0] + step * k for k, value in enumerate(moved))
+    is_index = is_operand or min(moved) >= 0
+    return (moved[0], step) if is_even and is_index and all(len(set(column)) == 1 for column in fixed) else None
 
 
 class _Reader:

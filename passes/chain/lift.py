@@ -26,6 +26,7 @@ def lift(graph: fx.Graph, chain: Found, by: str) -> tuple[fx.Node, dict[fx.Node,
     """Replace a chain by one node, which means the loop. Returns it, and what stands for each value that was used outside."""
     inserter = Inserter(graph, _ready(graph, chain), by, chain.nodes[0])
     given = [_stream(column, inserter) for column in chain.streams]
+    given += [_counted(chain, offset, inserter) for offset in chain.moving]
     same = list(dict.fromkeys(node for kind, node in chain.slots if kind == "same"))
     body, emits = _body(chain, same)
     init = [chain.inits[key] for key in chain.carries]
@@ -59,6 +60,7 @@ def _body(chain: Found, same: Sequence[fx.Node]) -> tuple[BodyGraph, dict[int, i
     carries = {key: _input(graph, f"carry_{i}", chain.inits[key]) for i, key in enumerate(chain.carries)}
     shared = {node: _input(graph, f"shared_{i}", node) for i, node in enumerate(same)}
     slices = [_input(graph, f"slice_{i}", column[0]) for i, column in enumerate(chain.streams)]
+    ticks = {offset: _tick(graph, chain.nodes[offset]) for offset in chain.moving}
     made: list[fx.Node] = []
     slots = iter(chain.slots)
 
@@ -73,8 +75,11 @@ def _body(chain: Found, same: Sequence[fx.Node]) -> tuple[BodyGraph, dict[int, i
                 return shared[where]
         return slices[where]
 
-    for old in chain.nodes[: chain.period]:
+    for offset, old in enumerate(chain.nodes[: chain.period]):
         args, kwargs = _refilled((old.args, old.kwargs), source)
+        if offset in ticks:
+            made.append(_at_tick(graph, old, args, ticks[offset]))
+            continue
         made.append(graph.call_function(old.target, args, kwargs))  # type: ignore[arg-type]
         made[-1].meta = dict(old.meta)
     inside = set(chain.nodes)
@@ -89,6 +94,38 @@ def _input(graph: fx.Graph, name: str, like: fx.Node) -> fx.Node:
     node = graph.placeholder(name)
     node.meta["val"] = like.meta["val"]
     return node
+
+
+def _tick(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The integer that moves, as an input of the step: of shape [1] where it is an index, of [] where it is an operand."""
+    tick = graph.placeholder(f"tick_{node.name}")
+    tick.meta["val"] = node.meta["val"].new_empty([1] if node.target is aten.select.int else [], dtype=torch.int64)
+    return tick
+
+
+def _counted(chain: Found, offset: int, inserter: Inserter) -> fx.Node:
+    """Its values in all steps."""
+    (first, step), node = chain.moving[offset], chain.nodes[offset]
+    device = node.meta["val"].device
+    steps = inserter.call(aten.arange.default, chain.count, dtype=torch.int64, device=device, pin_memory=False)
+    values = inserter.call(aten.add.Tensor, inserter.call(aten.mul.Tensor, steps, step), first)
+    return inserter.call(aten.unsqueeze.default, values, 1) if node.target is aten.select.int else values
+
+
+def _at_tick(graph: fx.Graph, old: fx.Node, args: Any, tick: fx.Node) -> fx.Node:
+    """x[.., i, ..] -> squeeze(index_select(x, [i]));   x + i -> x + i, with i a tensor."""
+    if old.target is not aten.select.int:
+        made = graph.call_function(old.target, (args[0], tick))  # type: ignore[arg-type]
+    else:
+        source, dim = args[0], args[1]
+        rows = graph.call_function(aten.index_select.default, (source, dim, tick))
+        value = old.meta["val"]
+        sizes = list(value.shape)
+        at = dim % (len(sizes) + 1)
+        rows.meta = {**old.meta, "val": value.new_empty([*sizes[:at], 1, *sizes[at:]])}
+        made = graph.call_function(aten.squeeze.dim, (rows, dim))
+    made.meta = dict(old.meta)
+    return made
 
 
 def _refilled(value: Any, source: Any) -> Any:

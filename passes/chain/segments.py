@@ -20,9 +20,8 @@ from typing import cast
 import torch
 import torch.fx as fx
 
-from ...compiler.chains.bodies import BodyGraph, How, chain_op
+from ...compiler.chains.bodies import BodyGraph, How, chain_op, resume_op
 from ...compiler.program import output_node
-from ...runtime.fixedpoint.resume import resume_op
 from .batch import Inserter
 from .lanes import lane_body
 from .split import Split

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 import hocket
-from hocket.compiler.contract import Context
+from hocket.compiler.contract import Context, Equal
 from hocket.compiler.cost.cluster import Cluster
+from hocket.compiler.plan.tactics import Rewrites
 from hocket.compiler.program import Program, copy_program
 from hocket.compiler.rules.table import RuleTable
 from hocket.compiler.verify.ring.compare import compare
+from hocket.compiler.verify.ring.ops import chain as ring_chain
 from hocket.compiler.verify.ring.verdict import Status
 from hocket.passes.chain.jacobi import JacobiFeedforward
 from hocket.runtime.mesh import Mesh
@@ -91,3 +93,38 @@ def first(program: Program, steps: int) -> Program:
     part.meta = {**result.meta, "val": result.meta["val"][:steps]}
     output.args = ((part,),)
     return dataclasses.replace(copy)
+
+
+def test_a_long_chain_is_proven_at_small_sizes_and_not_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+    plain = ring_chain._Step.__call__
+
+    def counted(self: object, *args: object) -> object:
+        nonlocal steps
+        steps += 1
+        return plain(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ring_chain._Step, "__call__", counted)
+    x = torch.randn(1000, 1, 3)
+    with hocket.parallelize(nn.RNN(3, 4), "one=1", (x,), tactics=[hocket.Jacobi()], engine="sim", verify="ring") as parallel:
+        assert "equal" in str(parallel.explain())
+    assert 0 < steps < 1000
+
+
+def test_proofs_run_outside_of_the_mode_that_captures_layers() -> None:
+    seen: list[int] = []
+
+    class Watching:
+        name = "watching"
+        contract = Equal()
+
+        def __call__(self, program: Program, context: Context) -> Program:
+            seen.append(torch._C._len_torch_function_stack())
+            return program
+
+    before = torch._C._len_torch_function_stack()
+    tactics = [hocket.Jacobi(), Rewrites(before=(Watching(),))]
+    with hocket.parallelize(nn.RNN(3, 4), "one=1", (torch.randn(5, 1, 3),), tactics=tactics, engine="sim"):
+        pass
+    assert seen
+    assert set(seen) == {before}

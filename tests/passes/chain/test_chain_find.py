@@ -78,6 +78,34 @@ def test_what_is_no_chain_is_refused_with_the_reason(variant: dict[str, object],
     assert any(reason in one.reason for one in refused), refused
 
 
+@pytest.mark.parametrize("step", [1, 3, -1])
+def test_integers_that_go_on_evenly_become_streams(step: int) -> None:
+    write = Writer(2)
+    x, table = write.input(2, 3), write.input(190, 2, 3)
+    table = write.call(aten.neg.default, table)
+    for t in range(30):
+        place = 100 + step * t
+        picked = write.call(aten.select.int, write.call(aten.add.Tensor, table, x), 0, place)
+        x = write.call(aten.bitwise_xor.Tensor, write.call(aten.mul.Tensor, picked, place), x)
+    program = write.program(x)
+    lifted = JacobiFeedforward("blocks:8")(program, context())
+    assert len(chains_of(lifted)) == 1
+    values = values_of(program, 2)
+    assert torch.equal(run(lifted, values)[0], run(program, values)[0])
+    assert compare(program, lifted).status is Status.EQUAL
+
+
+def test_integers_that_go_on_unevenly_are_refused_with_the_reason() -> None:
+    write = Writer(2)
+    x = write.input(2, 3)
+    for t in range(60):
+        x = write.call(aten.neg.default, write.call(aten.add.Tensor, x, t * t))
+    write.program(x)
+    chains, refused = find_chains(write.graph, 24)
+    assert not chains
+    assert any("index arithmetic" in one.reason for one in refused)
+
+
 def test_results_of_several_steps_before_are_carried() -> None:
     (chain,) = find_chains(linear_chain(60, back=3).graph, 24)[0]
     assert max(distance for _, distance in chain.carries) >= 2

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.fx as fx
 from chain_graphs import Recipe, Writer, chain_program, context, run, values_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,6 +82,19 @@ def test_as_many_sweeps_as_segments_are_proven_exact_and_fewer_are_not() -> None
     last, before = sweeps[-1], sweeps[-2]
     last.replace_all_uses_with(before)  # as if the third sweep had been left out
     assert compare(program, after).status is Status.DIFFERENT
+
+
+def test_after_k_sweeps_the_first_k_segments_are_exact() -> None:
+    program = xor_loop(30)
+    values = values_of(program, 3)
+    after = cut(program, 4)
+    expected, found = run(program, values)[0], fx.Interpreter(after.graph, garbage_collect_values=False)
+    found.run(*values, enable_io_processing=False)
+    sweeps = [found.env[n][1] for n in after.nodes if "hocket." in str(n.target)]
+    for k, states in enumerate(sweeps, 1):
+        by_step = states.reshape(8, 4, 2, 3).transpose(0, 1).reshape(32, 2, 3)
+        assert torch.equal(by_step[: 8 * k][:30], expected[: 8 * k])
+        assert k == 4 or not torch.equal(by_step[8 * k : 8 * k + 8][: 30 - 8 * k], expected[8 * k : 8 * k + 8])
 
 
 def test_a_boundary_that_is_handed_to_the_wrong_segment_is_seen() -> None:
