@@ -192,12 +192,17 @@ class _ScalarsStayTensors(TorchFunctionMode):
 
 
 def _with_factor(name: str, args: tuple[torch.Tensor, ...], factor: torch.Tensor) -> torch.Tensor:
-    """``base + factor * term`` in at least float32, as the fused op computes it."""
+    """``base + factor * term`` in at least float32, as the fused op computes it: kernels that round a product and a sum at once
+    do so in ``addcmul`` as they do in ``add`` with a factor."""
     base, terms = args[0], args[1:]
     wide = torch.float32 if base.dtype in _HALF else base.dtype
     kind = name.rstrip("_")
-    product = terms[0].to(wide) * factor.to(wide.to_real() if wide.is_complex else wide)
-    if kind in ("addcmul", "addcdiv"):
-        product = product * terms[1].to(wide) if kind == "addcmul" else product / terms[1].to(wide)
-    result = (base.to(wide) - product if kind == "sub" else base.to(wide) + product).to(base.dtype)
+    scale = factor.to(wide.to_real() if wide.is_complex else wide)
+    if kind == "addcdiv":
+        result = base.to(wide) + terms[0].to(wide) * scale / terms[1].to(wide)
+    elif kind == "addcmul":
+        result = torch.addcmul(base.to(wide), terms[0].to(wide) * scale, terms[1].to(wide))
+    else:
+        result = torch.addcmul(base.to(wide), terms[0].to(wide), (-scale if kind == "sub" else scale).to(wide))
+    result = result.to(base.dtype)
     return base.copy_(result) if name.endswith("_") else result

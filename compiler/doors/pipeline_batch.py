@@ -79,10 +79,11 @@ def rows_of(total: int, wanted: int | str | Sequence[int], ranks: int, replicas:
 
 
 def _automatic(units: int, ranks: int) -> int:
-    """Twice the ranks where that divides the batch; else the largest divisor below, unless the pipeline would idle for it."""
+    """Twice the ranks where that divides the batch; else the largest divisor below, unless the pipeline would idle for it: then
+    uneven ones, of more than one row, since a single row is often another program."""
     most = min(2 * ranks, units)
     even = next(count for count in range(most, 0, -1) if units % count == 0)
-    return even if even >= min(ranks, most) else most
+    return even if even >= min(ranks, most) else max(1, min(most, units // 2))
 
 
 def spread_rows(units: int, count: int) -> tuple[int, ...]:

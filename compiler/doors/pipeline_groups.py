@@ -118,6 +118,8 @@ def _for_all(code: StageCode, inner: Mesh) -> StageCode:
 
 def _run(program: RankProgram) -> Together:
     """A program on all ranks of its mesh; results of each in the order of its output ports."""
+    if not program.outputs:  # a stage that only hands values on
+        return lambda rows: [[] for _ in rows]
     executor = lockstep_executor(program)
     segment = program.segments[0].name
     order = program.segment_outputs(segment)

@@ -13,8 +13,9 @@ from ...runtime.schedule.resident import MESSAGES, describe_spec
 from ...runtime.schedule.sharing import Sharing, Tie
 from ...runtime.schedule.stage import HELD, Port, ValueSpec
 from ...runtime.schedule.text import format_schedule
+from ..layout import format_placement
 from ..plan.pipeline.stage_code import rank_program
-from ..program import RoleKind
+from ..program import RoleKind, note
 from ..stages import ONCE, PartKind, Pipeline, StagePart, StageProgram, Value
 from .pipeline_compile import CompiledPipeline
 
@@ -97,21 +98,14 @@ def fed(compiled: CompiledPipeline) -> list[dict[str, Slot]]:
 
 
 def _input_layouts(compiled: CompiledPipeline, m: int) -> dict[str, Layout]:
-    form = compiled.forms[compiled.form_of(m)]
-    spec = rank_program_ports(form.lowered) if form.lowered.mesh is not None else {}
-    return {role.name: spec.get(role.name, ()) for role in form.captured.signature.inputs if role.kind in _FED}
-
-
-def rank_program_ports(lowered: Any) -> dict[str, Layout]:
-    """Layouts of what a lowered program is fed with."""
-    from ..layout import format_placement
-    from ..program import note
-
-    found = {}
+    """Name of an input of a micro-batch -> how the ranks of a stage share it; empty where a stage is one rank."""
+    lowered = compiled.forms[compiled.form_of(m)].lowered
+    found: dict[str, Layout] = {}
     for role, node in zip(lowered.signature.inputs, lowered.placeholders, strict=True):
-        layouts = note(node).layouts
-        if role.kind in _FED and layouts is not None and layouts[0] is not None:
-            found[role.name] = tuple(map(format_placement, layouts[0]))
+        layouts = note(node).layouts if lowered.mesh is not None else None
+        known = layouts[0] if layouts is not None else None
+        if role.kind in _FED:
+            found[role.name] = () if known is None else tuple(map(format_placement, known))
     return found
 
 

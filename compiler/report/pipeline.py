@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..stages import PartKind, StageProgram
+from ..stages import ONCE, PartKind, StageProgram
 
 if TYPE_CHECKING:
     from ..doors.pipeline_compile import CompiledPipeline
@@ -27,10 +27,12 @@ def explain_pipeline(compiled: CompiledPipeline, topic: str = "", *, width: int 
 def _summary(compiled: CompiledPipeline) -> Text:
     schedule = compiled.schedule
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in compiled.seconds.items())
-    return Text(
-        f"{schedule.stages} stages on {len(schedule.ranks)} ranks, {schedule.micro_batches} micro-batches; "
-        f"schedule: {compiled.how}\ntime: {seconds}"
-    )
+    inner = compiled.order.inner
+    ranks = f"{len(schedule.ranks)} ranks" if inner is None else f"{len(schedule.ranks)} groups of {inner.size} ranks ({inner})"
+    rows = f"{len(compiled.rows)} micro-batches of {', '.join(map(str, dict.fromkeys(compiled.rows)))} rows"
+    if len(set(compiled.rows)) > 1:
+        rows = f"micro-batches of {', '.join(map(str, compiled.rows))} rows"
+    return Text(f"{schedule.stages} stages on {ranks}, {rows}; schedule: {compiled.how}\ntime: {seconds}")
 
 
 def _stages(compiled: CompiledPipeline) -> Table:
@@ -56,7 +58,8 @@ def _parameters(stage: StageProgram) -> str:
     names = stage.parameters
     pieces = len(stage.of(PartKind.BACKWARD_WEIGHT))
     ends = f"{names[0]} .. {names[-1]}" if len(names) > 2 else ", ".join(names) or "none"
-    return f"{ends} ({len(names)}; {pieces} W)"
+    once = "".join(f"; {kind.value} once a step" for kind in PartKind if kind in ONCE and stage.of(kind))
+    return f"{ends} ({len(names)}; {pieces} W{once})"
 
 
 def _decisions(compiled: CompiledPipeline, topic: str) -> Table:

@@ -91,6 +91,7 @@ class ResidentPipeline:
                 place.copy_(finished)
         self._fresh = []
         for state in self._states.values():
+            state.finished = {}
             for port, value in state.held.items():
                 if value is not self._held[port]:  # a stage replaces what it updates
                     state.held[port] = self._held[port]

@@ -6,6 +6,7 @@ micro-batch. Each waits for at most one other operation's value (its ``source``)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -201,13 +202,16 @@ def _add_tails(found: Arrays) -> None:
 
 
 def _refuse_small_limits(problem: Problem) -> None:
-    for rank, limit in enumerate(problem.limits):
-        least = need_of_one(problem, rank)
-        if limit < least * (1 - 1e-9):
-            raise InputError(
-                f"rank {rank} may hold {limit:,.0f} bytes of activations, but one micro-batch alone needs {least:,.0f} there; "
-                f"allow at least that, use smaller micro-batches, or recompute the stages {_stages_of(problem, rank)}"
-            )
+    """InputError where some limit cannot hold one micro-batch, naming the most that any rank lacks: so much will do for all."""
+    least = [need_of_one(problem, rank) for rank in range(len(problem.limits))]
+    short = [rank for rank, limit in enumerate(problem.limits) if limit < least[rank] * (1 - 1e-9)]
+    if short:
+        worst = max(short, key=lambda rank: least[rank])
+        raise InputError(
+            f"rank {worst} may hold {problem.limits[worst]:,.0f} bytes of activations, but one micro-batch alone needs "
+            f"{math.ceil(least[worst]):,} there; allow at least that, use smaller micro-batches, or recompute the stages "
+            f"{_stages_of(problem, worst)}"
+        )
 
 
 def _stages_of(problem: Problem, rank: int) -> list[int]:

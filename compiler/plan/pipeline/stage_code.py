@@ -127,9 +127,9 @@ def rank_program(program: Program) -> RankProgram:
     """A part's program for its rank. Values that stay on a rank are what they are there: their layout is not said where a lowered
     program has none for them."""
     ready = _without_tangents(program)
-    if ready.mesh is not None:
+    if program.mesh is not None:
         ready, _ = copy_program(ready)
-        whole = (replicated(ready.mesh),)
+        whole = (replicated(program.mesh),)
         for node in (*ready.placeholders, *ready.results):
             if node is not None and note(node).layouts is None and isinstance(node.meta["val"], torch.Tensor):
                 annotate(node, layouts=whole, global_shapes=(tuple(int(size) for size in node.meta["val"].shape),))

@@ -131,7 +131,8 @@ def test_a_loss_of_the_users_own_and_sums_instead_of_means(batch: tuple[Tensor, 
 def test_rows_that_do_not_divide_are_spread_with_the_small_micro_batches_at_both_ends() -> None:
     assert rows_of(18, 4, 2) == (4, 5, 5, 4)
     assert rows_of(8, 3, 2) == (2, 3, 3)
-    assert rows_of(7, "auto", 2) == (1, 2, 2, 2)
+    assert rows_of(7, "auto", 2) == (2, 3, 2)
+    assert rows_of(3, "auto", 2) == (1, 1, 1)
     assert rows_of(16, (5, 4, 4, 3), 2) == (5, 4, 4, 3)
     assert rows_of(12, 4, 2, replicas=2) == (2, 4, 4, 2)
 
