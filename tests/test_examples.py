@@ -26,6 +26,7 @@ PRINTS = {
     "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),
     "sample": ("the same samples: True", "InputError: cond's parameters of position"),
     "sequential": ("a chain of 64 steps of", "gradients like the loop's: True"),
+    "time_ranks": ("each rank runs a segment of the steps: True", "but for rounding: True"),
     "tiles": ("largest difference from the plain model:", "kinds of tile loops:"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
 }
