@@ -12,6 +12,7 @@ import torch
 from common import Row, Sample, arguments, equal, machine, progress, report, versus
 from tiles_link import bound, first_share, median_of, name_of
 from tiles_model import TILES, Device, calibrated, chosen_form, is_fused, sublayer_seconds, sublayers
+from tiles_patterns import pattern_rows
 from tiles_ranks import Ranks
 from tiles_step import step_rows
 
@@ -183,6 +184,7 @@ def main() -> None:
             "step": lambda: step_rows(ranks, cluster, 3 if options.quick else 5, with_bf16=not has_slow_bf16(ranks)),
             "link": lambda: links(ranks, cluster, 3 if options.quick else 5, quick=options.quick),
             "never": lambda: never_slower(ranks, cluster, 20 if options.quick else 200, 3),
+            "patterns": pattern_rows,
             "t3": lambda: simulated(ranks),
         }
         for name, group in groups.items():

@@ -63,8 +63,8 @@ def first_share(tiles: int, growth: int) -> float:
 
 
 def bound(alone: float, wire: float, first: float) -> float:
-    """The part of what a link adds that loops of two ranks can hide at most. While the first of the peer's tiles (``first`` of them)
-    is computed nothing travels; after that the slower of the two sets the pace."""
+    """The part of what a link adds that loops of two ranks can hide at most. While the first of the peer's tiles (``first`` of
+    them) is computed nothing travels; after that the slower of the two sets the pace."""
     fastest = max(alone, alone / 2 * first + wire)
     return (alone + wire - fastest) / (alone + wire - max(alone, wire))
 

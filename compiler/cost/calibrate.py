@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..redistribute import StepKind
 from .cluster import COLLECTIVES, Cluster, Line, TileCosts
 from .fit import fit_line, median_seconds
-from .tile_timing import TimeLoop, fit_tiles
+from .tile_timing import SENT, TimeLoops, fit_tiles
 
 TimeCollective = Callable[[StepKind, int], float]
 """(kind, bytes of the whole tensor) -> median seconds of one such collective over all ranks.
@@ -32,7 +32,7 @@ _OVERHEAD_OPS = 200
 
 def calibrate(
     time_collective: TimeCollective | None = None,
-    time_loop: TimeLoop | None = None,
+    time_loops: TimeLoops | None = None,
     *,
     ranks: int = 2,
     device: str = "cpu",
@@ -41,8 +41,8 @@ def calibrate(
 ) -> Cluster:
     """Measure for about ``seconds`` seconds and return a Cluster (save it with ``.save()``).
 
-    time_collective, time_loop: see ``TimeCollective`` and ``TimeLoop``; without them the default cluster's lines and costs of tile
-    loops are kept. ranks: how many ranks they run on.
+    time_collective, time_loops: see ``TimeCollective`` and ``TimeLoops``; without them the default cluster's lines and costs of
+    tile loops are kept. ranks: how many ranks they run on.
     Raises InputError for an unknown device, fewer than two ranks, or times that are not positive.
     """
     base = Cluster.default(device)
@@ -60,10 +60,13 @@ def calibrate(
         }
         bandwidth = memory_bandwidth(device, budget)
         overhead = op_overhead(device, budget)
-        tiles = TileCosts() if time_loop is None else fit_tiles(time_loop, ranks, budget)
     finally:
         torch.set_num_threads(threads)
     lines = base.collectives if time_collective is None else fit_collectives(time_collective, ranks)
+    tiles = TileCosts()
+    if time_loops is not None:
+        reduced = lines[StepKind.ALL_REDUCE].seconds(2 * (ranks - 1) * SENT, ranks)
+        tiles = fit_tiles(time_loops, ranks, reduced, budget)
     return Cluster(device, flops, bandwidth, overhead, lines, tiles=tiles)
 
 

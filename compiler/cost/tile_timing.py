@@ -1,9 +1,11 @@
 """What tile loops cost on this machine: timed on real ranks, and fitted into ``TileCosts``.
 
-    begin + W n turn    a loop of tiny products between W ranks, with n tiles a chunk: a line through n = 1 and n = 8
+    begin + W n turn    what a loop of W ranks with n tiles a chunk takes longer than the same product and collective one after the
+                        other, and what the collective itself takes: a line through n = 1 and n = 8
     repack              products of few and of many rows: seconds = a * rows + repack * bytes of what is read whole
 
-A loop of tiny products does nothing but begin and turn, so what is left when its products are taken off is the loop itself.
+The products are tiny, so there is nothing to gain and only the cost is seen. Between any two of them stands a product that is the
+same in all programs and larger than a cache: a loop in a model comes after other work, and is slower than one that follows itself.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.fx as fx
@@ -26,23 +28,27 @@ from ..tiles import Call, Cut, Read, Result, TileLoop, tile_loop_op
 from .cluster import TileCosts
 from .fit import fit_line, median_seconds
 
-TimeLoop = Callable[[int], float]
-"""Tiles per chunk -> median seconds of one loop of tiny products on the ranks, the products taken off."""
+TimeLoops = Callable[[], Mapping[int, float]]
+"""Tiles per chunk -> seconds of a loop of tiny products, less those of the same product and all-reduce one after the other."""
 
-_FEW_TILES, _MANY_TILES = 1, 8
-_FEW, _MANY = 1, 9
-_REPEATS = 15
-_CHUNK, _WIDTH = 32, 16
+TILES = (1, 8)
+SENT = 4 * 32 * 16
+"""Bytes of a rank's chunk of the tiny product's result."""
+
+_CHUNK, _WIDTH, _OTHER = 32, 16, 256
+_COUNT, _REPEATS = 8, 24
 _HEIGHTS, _WHOLE = (32, 64, 128, 256, 512), (512, 1024)
 
 
-def fit_tiles(time_loop: TimeLoop, ranks: int, budget: float) -> TileCosts:
-    """Measure for about ``budget`` seconds. ranks: how many ``time_loop`` runs on. InputError for times that are not positive."""
-    times = {tiles: time_loop(tiles) for tiles in (_FEW_TILES, _MANY_TILES)}
-    if not all(seconds > 0 for seconds in times.values()):
-        raise InputError(f"times of tile loops must be positive seconds; found {times}")
-    turn = max(0.0, times[_MANY_TILES] - times[_FEW_TILES]) / ranks / (_MANY_TILES - _FEW_TILES)
-    begin = max(0.0, times[_FEW_TILES] - ranks * _FEW_TILES * turn)
+def fit_tiles(time_loops: TimeLoops, ranks: int, collective: float, budget: float) -> TileCosts:
+    """Measure for about ``budget`` seconds. ranks: how many the loops run on; collective: seconds that the cost model gives to the
+    all-reduce. InputError where ``time_loops`` has not timed loops of one and of eight tiles."""
+    times = time_loops()
+    few, many = TILES
+    if set(times) != set(TILES):
+        raise InputError(f"expected times of loops of {few} and {many} tiles, found {dict(times)}")
+    turn = max(0.0, times[many] - times[few]) / ranks / (many - few)
+    begin = max(0.0, times[few] + collective - ranks * few * turn)
     return TileCosts(begin=begin, turn=turn, repack=repack_seconds(budget), measured=True)
 
 
@@ -57,46 +63,38 @@ def repack_seconds(budget: float) -> float:
 
 
 class LoopTimer:
-    """``timer(tiles)``: see ``TimeLoop``. engine: of one axis.
-
-    The time of a program with one loop is taken off that of a program with many, so that what a step costs by itself drops out.
-    """
+    """``timer()``: see ``TimeLoops``. engine: of one axis. The programs take turns, so that all see the same machine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def __call__(self, tiles: int) -> float:
-        """Seconds of one loop."""
+    def __call__(self) -> dict[int, float]:
+        """Seconds by the number of tiles."""
         parts = self._engine.mesh.size
-        value, weight = torch.ones(_CHUNK * parts, _WIDTH), torch.zeros(_WIDTH, _WIDTH)
-        programs = [repeated_loop(tiles, count, self._engine) for count in (_FEW, _MANY)]
-        few, many = (self._step_seconds(program, value, weight) for program in programs)
-        tile = torch.ones(_CHUNK // tiles, _WIDTH)
-        products = parts * tiles * median_seconds(lambda: torch.mm(tile, weight), "cpu", 0.05)
-        return max((many - few) / (_MANY - _FEW) - products, 1e-9)
-
-    def _step_seconds(self, program: Program, *inputs: torch.Tensor) -> float:
-        handle = self._engine.load(emit(program), {})
-        times = []
+        inputs = [torch.ones(_CHUNK * parts, _WIDTH), torch.zeros(_WIDTH, _WIDTH), torch.zeros(_OTHER, _OTHER)]
+        handles = {n: self._engine.load(emit(repeated_loop(n, _COUNT, self._engine)), {}) for n in (0, *TILES)}
+        times: dict[int, list[float]] = {n: [] for n in handles}
         for _ in range(_REPEATS):
-            start = time.perf_counter()
-            ticket, _results = self._engine.forward(handle, list(inputs))
-            times.append(time.perf_counter() - start)
-            self._engine.release(ticket)
-        return sorted(times[1:])[
-            _REPEATS // 4
-        ]  # whoever is interrupted here makes the others wait: most of the slow ones are noise
+            for tiles, handle in handles.items():
+                start = time.perf_counter()
+                ticket, _results = self._engine.forward(handle, inputs)
+                times[tiles].append(time.perf_counter() - start)
+                self._engine.release(ticket)
+        # whoever is interrupted makes the others wait: the slow ones are mostly noise
+        quiet = {tiles: sorted(found)[_REPEATS // 4] for tiles, found in times.items()}
+        return {tiles: (quiet[tiles] - quiet[0]) / _COUNT for tiles in TILES}
 
 
 def repeated_loop(tiles: int, count: int, engine: Engine) -> Program:
-    """A lowered program that runs a loop, product and all-reduce, ``count`` times. Its numbers are of no use."""
+    """A lowered program that runs a tiny product and its all-reduce ``count`` times, each after a larger product. tiles: of the
+    loop, 0 for the two one after the other. Its numbers are of no use."""
     ((axis, parts),) = engine.mesh.axes
     rows = _CHUNK * parts
     calls = (Call("aten.mm.default", [{"slot": 0}, {"slot": 1}], {}, (2,), spread=False),)
     reads = (Read("tiled", Cut(0)), Read("whole"))
-    loop = TileLoop(axis, parts, rows, tiles, (), reads, calls, (Result("all_reduce", 2, Cut(0), "sum"),))
+    loop = TileLoop(axis, parts, rows, max(1, tiles), (), reads, calls, (Result("all_reduce", 2, Cut(0), "sum"),))
     whole: Layout = tuple(Replicate() for _ in engine.mesh.axes)
-    graph = fx.Graph()
+    graph, mode, ops = fx.Graph(), FakeTensorMode(), torch.ops._c10d_functional
 
     def described(node: fx.Node, *shape: int) -> fx.Node:
         with mode:
@@ -104,16 +102,23 @@ def repeated_loop(tiles: int, count: int, engine: Engine) -> Program:
         annotate(node, layouts=(whole,), global_shapes=(shape,))
         return node
 
-    mode = FakeTensorMode()
     value = described(graph.placeholder("value"), rows, _WIDTH)
     weight = described(graph.placeholder("weight"), _WIDTH, _WIDTH)
-    roles = tuple(Role(RoleKind.INPUT, f"args[{i}]") for i in range(2))
-    for node, role in zip((value, weight), roles, strict=True):
+    other = first = described(graph.placeholder("other"), _OTHER, _OTHER)
+    roles = tuple(Role(RoleKind.INPUT, f"args[{i}]") for i in range(3))
+    for node, role in zip((value, weight, other), roles, strict=True):
         annotate(node, role=role)
     for _ in range(count):
-        looped = graph.call_function(tile_loop_op(), ([value, weight], *loop.words()))
-        looped.meta["val"] = (value.meta["val"],)
-        annotate(looped, layouts=(whole,), global_shapes=((rows, _WIDTH),))
-        value = described(graph.call_function(operator.getitem, (looped, 0)), rows, _WIDTH)
-    graph.output((value,))
-    return Program(fx.GraphModule(torch.nn.Module(), graph), Signature(roles, (Role(RoleKind.OUTPUT, "out"),)), mesh=engine.mesh)
+        other = described(graph.call_function(torch.ops.aten.mm.default, (other, first)), _OTHER, _OTHER)
+        if tiles:
+            looped = graph.call_function(tile_loop_op(), ([value, weight], *loop.words()))
+            looped.meta["val"] = (value.meta["val"],)
+            annotate(looped, layouts=(whole,), global_shapes=((rows, _WIDTH),))
+            value = described(graph.call_function(operator.getitem, (looped, 0)), rows, _WIDTH)
+            continue
+        product = described(graph.call_function(torch.ops.aten.mm.default, (value, weight)), rows, _WIDTH)
+        sent = described(graph.call_function(ops.all_reduce.default, (product, "sum", axis)), rows, _WIDTH)
+        value = described(graph.call_function(ops.wait_tensor.default, (sent,)), rows, _WIDTH)
+    graph.output((value, other))
+    results = tuple(Role(RoleKind.OUTPUT, f"out[{i}]") for i in range(2))
+    return Program(fx.GraphModule(torch.nn.Module(), graph), Signature(roles, results), mesh=engine.mesh)

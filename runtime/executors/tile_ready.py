@@ -67,6 +67,7 @@ class ReadyLoop:
         self._views: dict[int, tuple[tuple[Any, ...], dict[Any, Any]]] = {}
         self._sizes: dict[Form, Sizes] = {}
         self._scripts: dict[int, list[Step]] = {}
+        self.is_agreed = False
 
     def body(self, length: int) -> TileBody:
         """The region for tiles of ``length`` rows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -70,13 +72,26 @@ class TileRunner:
         if axis is None:
             axis = self.axes[loop.axis] = AxisLoops(self.transport.mesh.coordinate(self.transport.rank)[loop.axis])
         work = LoopRun(ready, axis.index, axis.epoch, given)
-        work.memory = self.buffer(axis, loop.axis, work.sizes.arena)
+        try:
+            if not ready.is_agreed:
+                self._agree(loop)
+                ready.is_agreed = True
+            work.memory = self.buffer(axis, loop.axis, work.sizes.arena)
+        except TransportTimeout as error:
+            raise RankHung(f"a tile loop on axis {loop.axis!r} cannot begin: {error}", rank=self.transport.rank) from error
         axis.epoch += 1
         for kind, sent in work.sizes.sent:
             self.communicator.wire.count(kind, sent)
         for step in work.work():
             self._carry_out(loop, step, work)
         return work.results()
+
+    def _agree(self, loop: TileLoop) -> None:
+        """Meet, once a loop, and compare: ranks that ran different loops would wait for each other's tiles, or take wrong ones."""
+        assert self.transport is not None
+        text = zlib.crc32(json.dumps(loop.words()).encode())
+        what = f"a tile loop of {loop.parts} x {loop.tiles} tiles over {loop.rows} rows ({text:08x})"
+        self.transport.release(self.transport.symmetric(what, (1,), torch.uint8, loop.axis))
 
     def _carry_out(self, loop: TileLoop, step: Step, work: LoopRun) -> None:
         assert self.transport is not None

@@ -160,7 +160,7 @@ class LoopRun:
         for operand, read in zip(self.operands, turn.reads, strict=True):
             if read is None:
                 views.append(operand)
-            elif type(read) is tuple:
+            elif isinstance(read, tuple):
                 views.append(operand.narrow(*read))
             else:
                 views.append(read if isinstance(read, torch.Tensor) else read(operand))
