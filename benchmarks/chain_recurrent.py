@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chain_backward
 import torch
 from common import Row, Sample, at_most, cpu_seconds, progress, versus
 from torch import Tensor, nn
 
 import hocket
+from hocket.runtime.fixedpoint import decide
 
 FORWARD = "recurrent layers, forward, one core"
 STEP = "recurrent layers, forward and backward, one core"
@@ -30,7 +32,7 @@ def rows(*, quick: bool) -> list[Row]:
     found += _no_worse("RNN", (100, 1, 128))
     if not quick:
         found += [*_no_worse("RNN", (1000, 16, 256)), *_no_worse("GRU", (100, 16, 128))]
-    return found
+    return found + chain_backward.rows(quick=quick)
 
 
 def _case(kind: str, sizes: tuple[int, int, int]) -> str:
@@ -49,7 +51,7 @@ def _forward(kind: str, sizes: tuple[int, int, int]) -> list[Row]:
     layer, x = getattr(nn, kind)(INPUT, width).requires_grad_(requires_grad=False), torch.randn(steps, batch, INPUT)
     with torch.no_grad():
         ours = _compiled(layer, x)
-        for _ in range(14):  # the first calls measure and try
+        for _ in range(decide.SETTLING):  # the first calls measure and try
             found = ours(x)[0]
         difference = _difference(found, layer(x)[0])
         times = _alternating(lambda: ours(x), lambda: layer(x))
@@ -63,7 +65,7 @@ def _no_worse(kind: str, sizes: tuple[int, int, int]) -> list[Row]:
     layer, x = getattr(nn, kind)(INPUT, width).requires_grad_(requires_grad=False), torch.randn(steps, batch, INPUT)
     with torch.no_grad():
         ours, loop = _compiled(layer, x), _compiled(layer, x, "sequential")
-        for _ in range(14):
+        for _ in range(decide.SETTLING):
             ours(x)
         times = _alternating(lambda: ours(x), lambda: loop(x))
         plain = cpu_seconds(lambda: layer(x), 9)
@@ -88,7 +90,7 @@ def _step(kind: str, sizes: tuple[int, int, int], goal: float | None) -> list[Ro
 
     expected = gradients(layer)
     ours = _compiled(layer, x)
-    for _ in range(14):
+    for _ in range(decide.SETTLING):
         found = gradients(ours)
     difference = max(_difference(a, b) for a, b in zip(found, expected, strict=True))
     return _rows(STEP, _case(kind, sizes), _alternating(lambda: gradients(ours), lambda: gradients(layer)), goal, difference)

@@ -95,6 +95,8 @@ def holders(layout: Sequence[str], mesh: Mesh) -> tuple[int, ...]:
 
 def cut(value: torch.Tensor, layout: Sequence[str], mesh: Mesh) -> list[torch.Tensor]:
     """The pieces of all ranks, in rank order."""
+    if mesh.size == 1:
+        return [value]
     pieces: dict[int, torch.Tensor] = {}
     return [
         pieces[holder] if holder in pieces else pieces.setdefault(holder, piece_of(value, layout, mesh, holder))

@@ -27,11 +27,15 @@ REPLACEABLE = ("param", "buffer", "state")
 
 @dataclass
 class SimHandle:
-    """A loaded program and the tensors bound to its ports (port -> tensor)."""
+    """A loaded program and the tensors bound to its ports (port -> tensor).
+
+    written: per segment, UPDATE outputs -> the bound input port they replace.
+    """
 
     program: RankProgram
     executor: LockstepExecutor | StrandExecutor
     bound: dict[int, torch.Tensor]
+    written: dict[str, dict[int, int]]
 
 
 @dataclass
@@ -66,7 +70,9 @@ class SimEngine:
         for key, tensor in bindings.items():
             check_fits(program.inputs[ports[key]], tensor)
         match_collectives(program)
-        return SimHandle(program, lockstep_executor(program, dtype=self.dtype), {ports[key]: t for key, t in bindings.items()})
+        bound = {ports[key]: tensor for key, tensor in bindings.items()}
+        written = {segment.name: _written(program, bound, segment.name) for segment in program.segments}
+        return SimHandle(program, lockstep_executor(program, dtype=self.dtype), bound, written)
 
     def forward(self, handle: SimHandle, inputs: Sequence[torch.Tensor]) -> tuple[SimTicket, list[torch.Tensor | None]]:
         """See ``Engine``."""
@@ -80,7 +86,7 @@ class SimEngine:
         values = {**handle.bound, **dict(zip(free, inputs, strict=True))}
         for port in free:
             check_fits(program.inputs[port], values[port])
-        written = self._written(handle, segment.name)
+        written = handle.written[segment.name]
         for port in program.inputs_read_after(segment.name) & set(written.values()):
             values[port] = values[port].detach().clone()
         rows = self._rows(program, values)
@@ -107,7 +113,7 @@ class SimEngine:
         rows = self._rows(program, values)
         extra = [[row[port] for port in segment.inputs] for row in rows]
         results = handle.executor.run(ticket.frame, segment.name, extra)
-        outputs = self._gather(handle, segment.name, results, self._written(handle, segment.name))
+        outputs = self._gather(handle, segment.name, results, handle.written[segment.name])
         ticket.release()
         return outputs
 
@@ -127,12 +133,6 @@ class SimEngine:
                 row[port] = piece
         return rows
 
-    def _written(self, handle: SimHandle, segment: str) -> dict[int, int]:
-        """UPDATE outputs of a segment -> the bound input port they replace."""
-        by_name = {handle.program.inputs[i].name: i for i in handle.bound if handle.program.inputs[i].kind in REPLACEABLE}
-        ports = ((port, handle.program.outputs[port]) for port in handle.program.segment_outputs(segment))
-        return {port: by_name[spec.name] for port, spec in ports if spec.kind == "update" and spec.name in by_name}
-
     def _gather(
         self, handle: SimHandle, segment: str, results: list[list[torch.Tensor | None]], written: Mapping[int, int]
     ) -> list[torch.Tensor | None]:
@@ -151,6 +151,12 @@ class SimEngine:
                 with torch.no_grad():
                     outputs[position] = handle.bound[written[port]].copy_(update)
         return outputs
+
+
+def _written(program: RankProgram, bound: Mapping[int, torch.Tensor], segment: str) -> dict[int, int]:
+    by_name = {program.inputs[i].name: i for i in bound if program.inputs[i].kind in REPLACEABLE}
+    ports = ((port, program.outputs[port]) for port in program.segment_outputs(segment))
+    return {port: by_name[spec.name] for port, spec in ports if spec.kind == "update" and spec.name in by_name}
 
 
 def check_fits(port: PortSpec, value: object) -> None:

@@ -82,6 +82,7 @@ class LockstepExecutor:
         self.program = program
         self.programs = [program] * program.mesh.size
         self.dtype = dtype
+        self._alone = program.mesh.size == 1
         self.partitions = Partitions(program.mesh)
         self.loaded: LoadedProgram = load(program, 0, floating=dtype)
         self._loops: dict[int, ReadyLoop] = {}
@@ -148,6 +149,8 @@ class LockstepExecutor:
         assert call is not None
         number = 0
         try:
+            if self._alone:
+                return Spread(partition, [call(*[operand.values[0] for operand in operands])])
             if self._random and self.program.instructions[step.index].op in self._random:
                 partition = self.partitions.finest
                 found = []

@@ -77,6 +77,8 @@ class Partitions:
 
     def spread(self, values: Sequence[Any], key: Callable[[Any], Hashable] = id) -> Spread:
         """One value per rank, kept once per distinct key (identity by default)."""
+        if len(values) == 1:
+            return Spread(self.whole, list(values))
         partition = self.by(lambda rank: key(values[rank]))
         return Spread(partition, [values[rank] for rank in partition.firsts])
 

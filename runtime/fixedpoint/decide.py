@@ -30,18 +30,21 @@ from .steps import Chain
 SHORTEST = 24
 """Shorter chains are not worth a look."""
 
-LANES = (2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128)
-"""Numbers of blocks that are looked at."""
+LANES = (2, 4, 8, 16, 32, 64, 128)
+"""Numbers of blocks that are looked at: far enough apart that the likeliest three are not all wrong in the same way."""
 
 SHORTEST_WINDOW = 8
 PROBES, PROBE_STEPS = 8, 256
-HOPEFUL = 1.3
+HOPEFUL = 1.2
 """Windows that are predicted to take more than so many times the loop are not tried."""
 
-TRIED, TRIES = 3, 3
-"""How many windows are tried, and how often each: the machine may be busy with other things in one of the turns."""
+TRIED, TURNS = 3, 5
+"""How many windows are tried beside the loop, and in how many turns. The first does not count: it makes plans for the sizes."""
 
-CLEARLY = 0.97
+SETTLING = 1 + (TRIED + 1) * TURNS
+"""Calls of a chain until its solver stays."""
+
+CLEARLY = 0.95
 """A window is taken where it needs at most so much of the loop's time."""
 
 SWEEP_SECONDS = 100e-6
@@ -70,7 +73,8 @@ class Known:
 
     def beside_loop(self, window: int) -> float:
         """Time of a window over that of the loop: the median of the turns."""
-        return statistics.median(t / plain for t, plain in zip(self.turns[window], self.turns[0], strict=True))
+        pairs = list(zip(self.turns[window], self.turns[0], strict=True))
+        return statistics.median(seconds / plain for seconds, plain in pairs[1:])
 
 
 _KNOWN: dict[tuple[Any, ...], Known] = {}
@@ -167,7 +171,7 @@ def _look(chain: Chain, stop: Stop, known: Known, states: list[Tensor]) -> None:
     known.costs = known.costs or step_costs(chain)
     known.warm = math.ceil(known.merge)
     known.turns.clear()
-    known.trials = choose(known, chain.count) * TRIES
+    known.trials = choose(known, chain.count) * TURNS
 
 
 def choose(known: Known, count: int) -> list[int]:

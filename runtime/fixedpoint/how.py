@@ -52,7 +52,7 @@ class How:
         """Largest relative change of a state that counts as none; 0 asks for equality."""
         if not dtype.is_floating_point or self.exact == "bitwise":
             return 0.0
-        return ROUNDING_ULPS * torch.finfo(dtype).eps if self.exact == "rounding" else float(self.exact)
+        return ROUNDING_ULPS * _epsilon(dtype) if self.exact == "rounding" else float(self.exact)
 
     def exactness(self, dtype: torch.dtype) -> str:
         """The class a chain of this dtype belongs to."""
@@ -66,6 +66,11 @@ class How:
 
     def __str__(self) -> str:
         return f"{self.solver}:{self.window}" if self.window else self.solver
+
+
+@functools.cache
+def _epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 @functools.lru_cache(maxsize=512)

@@ -51,11 +51,12 @@ def solve(
 ) -> list[Tensor]:
     """See the module. ProgramError for a body that is none, or inputs that do not fit it."""
     chain, decision = chain_of(init, shared, streams, count, body), read_how(how)
-    if decision.solver in ("sequential", "gauss-seidel") and not decision.sweeps:
-        return chain.loop_emits()  # keeps no state that is not given out
-    solved = run_solver(chain, decision)
-    RECENT.append(solved.report)
-    return [*[states[-1] for states in solved.trajectory], *chain.emits(solved.trajectory)]
+    with torch.no_grad():  # steps write in place
+        if decision.solver in ("sequential", "gauss-seidel") and not decision.sweeps:
+            return chain.loop_emits()
+        solved = run_solver(chain, decision)
+        RECENT.append(solved.report)
+        return [*[states[-1] for states in solved.trajectory], *chain.emits(solved.trajectory)]
 
 
 def run_solver(chain: Chain, how: How) -> Solved:

@@ -78,7 +78,7 @@ class Stop:
 
 def _largest(state: Tensor) -> float:
     """Of the finite magnitudes; 0 where there is none."""
-    found = float(torch.linalg.vector_norm(state, math.inf))  # one pass, which a NaN or an infinity passes
+    found = float(state.abs().amax())
     return found if math.isfinite(found) else float(torch.nan_to_num(state.abs(), nan=0.0, posinf=0.0).amax())
 
 
@@ -126,9 +126,12 @@ def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0, warm: int = 0) -
     if warm:
         guess = _warmed(chain, lanes, guess, slices[window - warm :])
     stored = lanes.sweep(lanes.pack(guess), slices)
-    stop.measure(stored)
+    ends = [s[-1] for s in stored]
+    stop.measure(ends)
+    if not all(stop.scales):
+        stop.measure(stored)
     steps, sweeps, contraction, residual = warm + window, 1, None, 0.0
-    new = shifted(chain.init, lanes.unpack([s[-1] for s in stored]))
+    new = shifted(chain.init, lanes.unpack(ends))
     settled = number == 1 or stop.settled(new, guess)
     while not settled and sweeps < min(cap or number, number):
         guess, sweeps = new, sweeps + 1
@@ -222,9 +225,9 @@ def by_step(lanes: Lanes, stream: Tensor, window: int) -> tuple[Tensor, ...]:
     missing = lanes.n * window - stream.shape[0]
     if missing:
         stream = torch.cat([stream, stream[-1:].expand(missing, *stream.shape[1:])])
+    if lanes.rows == 1:
+        return stream.reshape(lanes.n, window, *stream.shape[2:]).unbind(1)  # without a copy
     split = stream.reshape(lanes.n, window, *stream.shape[1:])
-    if stream.dim() > 1 and stream.shape[1] == 1:
-        return tuple(lanes.pack(split.unbind(1)))  # one row a lane: no copy is needed to fold them
     return lanes.pack_each(split.transpose(0, 1).contiguous()).unbind(0)
 
 

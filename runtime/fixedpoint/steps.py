@@ -90,7 +90,7 @@ class Lanes:
         carries the step gives, where ``sweep`` may be planned for them."""
         self.n = n
         self.step = step
-        self._rows = rows
+        self.rows = rows
         self._chain = chain
         self._stepper: Stepper | None = None
 
@@ -118,23 +118,23 @@ class Lanes:
 
     def pack(self, values: Sequence[Tensor]) -> list[Tensor]:
         """[n, *shape] each -> what ``step`` takes."""
-        if self._rows is None:
+        if self.rows is None:
             return list(values)
         return [value.reshape(-1, *value.shape[2:]) for value in values]
 
     def unpack(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Inverse of ``pack``."""
-        if self._rows is None:
+        if self.rows is None:
             return list(values)
         return [value.reshape(self.n, -1, *value.shape[1:]) for value in values]
 
     def pack_each(self, values: Tensor) -> Tensor:
         """[k, n, *shape] -> k packed ones, stacked."""
-        return values if self._rows is None else values.reshape(values.shape[0], -1, *values.shape[3:])
+        return values if self.rows is None else values.reshape(values.shape[0], -1, *values.shape[3:])
 
     def unpack_each(self, values: Tensor) -> Tensor:
         """k packed ones, stacked -> [k, n, *shape]."""
-        return values if self._rows is None else values.reshape(values.shape[0], self.n, -1, *values.shape[2:])
+        return values if self.rows is None else values.reshape(values.shape[0], self.n, -1, *values.shape[2:])
 
 
 class Chain:
@@ -198,7 +198,10 @@ class Chain:
         return stored
 
     def loop_emits(self) -> list[Tensor]:
-        """The last carries and what the steps give out, by the plain loop."""
+        """The last carries and what the steps give out, by the plain loop. States that nobody asked for are not kept."""
+        if set(self.body.emits) == set(self.body.following):
+            states = self.loop(self.init, 0, self.count)
+            return [*[s[-1] for s in states], *self.emits(states)]
         run, state, given = self.runner((*self.body.following, *self.body.emits)), self.init, []
         columns = [stream.unbind(0) for stream in self.streams]
         for t in range(self.count):

@@ -139,7 +139,12 @@ def test_a_plan_that_does_not_hold_goes_on_from_its_exact_part_and_is_measured_a
     decide.forget()
     chain, how = tanh_chain(120, scale=4.0, rows=1, width=16), How("auto")
     known = decide.knowledge(chain, how)
-    known.window, known.warm, known.merge, known.is_measured = 8, 8, 8.0, True  # as if the weights had become chaotic since the measurement
+    known.window, known.warm, known.merge, known.is_measured = (
+        8,
+        8,
+        8.0,
+        True,
+    )  # as if the weights had become chaotic since the measurement
     found = run_solver(chain, how)
     torch.testing.assert_close(found.trajectory[0][:24], loop(chain).trajectory[0][:24], rtol=1e-9, atol=1e-9)  # then chaos grows
     assert found.report.fell_back
@@ -167,13 +172,30 @@ def test_the_fastest_of_what_is_tried_stays() -> None:
     decide.forget()
     chain, how = tanh_chain(200, rows=1), How("auto")
     expected = loop(chain).trajectory[0]
-    for _ in range(16):
+    for _ in range(decide.SETTLING):
         torch.testing.assert_close(run_solver(chain, how).trajectory[0], expected, rtol=0, atol=1e-13)
     known = decide.knowledge(chain, how)
     assert not known.trials
-    assert all(len(turns) == decide.TRIES for turns in known.turns.values())
+    assert all(len(turns) == decide.TURNS for turns in known.turns.values())
     assert known.beside_loop(known.window) <= min(known.beside_loop(w) for w in known.turns) / decide.CLEARLY
     assert "tried blocks of" in known.reason or "tried the loop" in known.reason
+
+
+def test_a_busy_turn_does_not_change_the_choice() -> None:
+    known = decide.Known(turns={0: [9.0, 1.0, 1.0, 1.0, 1.0], 16: [9.0, 0.5, 70.0, 0.5, 0.5]})
+    assert known.beside_loop(16) == 0.5
+
+
+def test_a_start_that_is_not_warm_enough_makes_the_next_ones_warmer() -> None:
+    decide.forget()
+    chain, how = tanh_chain(256, rows=1), How("auto")
+    known = decide.knowledge(chain, how)
+    known.window, known.warm, known.merge, known.is_measured = 64, 4, 48.0, True
+    reports = [run_solver(chain, how).report for _ in range(16)]
+    assert not any(report.fell_back for report in reports)
+    assert reports[0].sweeps == 2
+    assert reports[-1].sweeps == 1
+    assert reports[-1].steps < reports[0].steps + 64
 
 
 def test_the_error_is_estimated() -> None:
