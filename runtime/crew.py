@@ -23,7 +23,7 @@ from .exchange import exchange_bytes
 from .faults import AFTERWARDS, Evidence, describe_exit, diagnose
 from .fence import new_fence
 from .launcher import RankProcess, launcher
-from .mailbox import Outbox
+from .mailbox import Outbox, Watch
 from .mesh import Mesh
 from .monitor import Position, read_page
 from .patience import LOOK_EVERY, Limits, Patience
@@ -31,9 +31,6 @@ from .program import RankProgram
 
 HOLD_BACK = 0.3
 """Seconds to wait for the cause of what looks like its shadow: a closed connection, an error of the network."""
-
-SPIN = 1e-4
-"""Seconds to look for the answers to a step before this process sleeps: a short step is over sooner than a process wakes up."""
 
 SHUTDOWN = 1.0
 """Seconds that ranks are given to end by themselves."""
@@ -79,6 +76,7 @@ class Crew:
             wire.close_all(shared)
         self._boxes = [Outbox(rank.page) for rank in self.ranks]
         self._fence = new_fence()
+        self._answers = Watch()
         self._watch()
         self._rounds[0] = _Round(self._everybody.copy(), {}, {})
         self.wait(0, limits.start)
@@ -165,6 +163,8 @@ class Crew:
         try:
             if not (current.by_page and self._look(sequence, current)):
                 self._doze(current, patience)
+            if current.by_page:
+                self._answers.end()
         except BaseException:
             self.kill("it was interrupted")
             raise
@@ -173,7 +173,7 @@ class Crew:
 
     def _look(self, sequence: int, current: _Round) -> bool:
         """Look at the pages for a moment; whether all ranks are done."""
-        end = time.monotonic() + SPIN
+        end = self._answers.begin()
         waiting = [self._boxes[rank] for rank in current.missing]
         while waiting:
             if waiting[-1].done() >= sequence:

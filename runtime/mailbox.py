@@ -44,6 +44,30 @@ LONGEST = SLOT_BYTES - _LENGTH.size
 _DOORBELL = wire.encode(wire.Packet(wire.Op.DOORBELL, 0, 0, 0))
 
 
+class Watch:
+    """How long to look for something before sleeping: for long when the last wait was short, else for a moment.
+
+    A wait that lasts longer than ``LONG`` costs a moment of looking more than going to sleep at once; waits that do not never cost
+    the sleep, whose end takes longer than many a step and leaves the caches cold.
+    """
+
+    MOMENT, LONG = 1e-4, 2e-3
+    """Seconds."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._seconds = self.MOMENT
+
+    def begin(self) -> float:
+        """The wait begins; until when to look, on the monotonic clock."""
+        self._began = time.monotonic()
+        return self._began + self._seconds
+
+    def end(self) -> None:
+        """The wait is over."""
+        self._seconds = self.LONG if time.monotonic() - self._began < self.LONG else self.MOMENT
+
+
 class Outbox:
     """The controller's side of one rank."""
 
@@ -82,14 +106,14 @@ class Outbox:
 
 
 class Inbox:
-    """The rank's side. look_for: seconds to look for a letter before the rank sleeps."""
+    """The rank's side. watch: how long it looks for a letter before it sleeps; None: not at all."""
 
-    def __init__(self, page: mmap.mmap, socket: wire.Inbox, look_for: float) -> None:
+    def __init__(self, page: mmap.mmap, socket: wire.Inbox, watch: Watch | None) -> None:
         self._page = page
         self._words = memoryview(page).cast("q")
         self._socket = socket
         self._fence: Callable[[], None] = new_fence()
-        self._look_for = look_for
+        self._watch = watch
         self._number = 0
         self._parcels: list[tuple[wire.Packet, list[int]]] = []
 
@@ -97,8 +121,8 @@ class Inbox:
         """The next letter, in order, and its descriptors. Raises wire.Closed when the controller is gone."""
         words = self._words
         self._number = number = self._number + 1
-        if words[_POSTED] < number and not self._look(number):
-            self._sleep(number)
+        if words[_POSTED] < number:
+            self._wait(number)
         at = _FIRST_SLOT + number % SLOTS * SLOT_BYTES
         (length,) = _LENGTH.unpack_from(self._page, at)
         letter = self._page[at + 8 : at + 8 + length] if length >= 0 else b""
@@ -112,9 +136,18 @@ class Inbox:
         self._fence()
         return bool(words[_CONTROLLER_SLEEPS])
 
-    def _look(self, number: int) -> bool:
-        """Look for a while, and leave the core to others between looks."""
-        words, end = self._words, time.monotonic() + self._look_for
+    def _wait(self, number: int) -> None:
+        watch = self._watch
+        if watch is None:
+            self._sleep(number)
+            return
+        if not self._look(number, watch.begin()):
+            self._sleep(number)
+        watch.end()
+
+    def _look(self, number: int, end: float) -> bool:
+        """Look, and leave the core to others between looks."""
+        words = self._words
         while True:
             for _ in range(4):
                 os.sched_yield()

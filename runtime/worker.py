@@ -27,7 +27,7 @@ from .communicator import Communicator
 from .executors.flat import FlatExecutor, Frame
 from .late import late_waits
 from .load import LoadedProgram, load
-from .mailbox import Inbox
+from .mailbox import Inbox, Watch
 from .mesh import Mesh
 from .monitor import PAGE_BYTES, PageWriter, State
 from .ports import Piece, PortMap, writes
@@ -41,9 +41,6 @@ from .views import PieceViews
 if TYPE_CHECKING:
     from .fusion import Fusion
     from .schedule.resident import ResidentPipeline
-
-_LOOK_FOR = 2e-4
-"""Seconds that a rank without work looks for a message before it sleeps; only where every rank has a core."""
 
 
 def main(sock: socket.socket, page_fd: int, shared: tuple[int, int], config: dict[str, Any]) -> NoReturn:
@@ -72,7 +69,7 @@ class Worker:
         self.device = torch.device(config["device"])
         self.page = PageWriter(page, len(self.mesh.axes))
         has_core = self.mesh.size * config["threads"] <= len(os.sched_getaffinity(0))
-        self.inbox = Inbox(page, wire.Inbox(sock), _LOOK_FOR if has_core else 0.0)
+        self.inbox = Inbox(page, wire.Inbox(sock), Watch() if has_core else None)
         self.monitor: Any = self.page
         self.segments = MappedSegments()
         self.views = PieceViews(self.segments, self.device)

@@ -1,7 +1,8 @@
 """Ranks as processes of this machine: the engine that ``parallelize`` uses by default.
 
 Parameters and buffers are moved into shared memory once, in place; inputs are copied into blocks of it, and outputs and gradients
-are blocks of it that the caller owns. So ranks read and write the caller's tensors directly; a step costs two small packets a rank.
+are blocks of it that the caller owns. So ranks read and write the caller's tensors directly; a step costs one letter a rank
+(``mailbox``).
 
     engine = LocalEngine(Mesh.parse("tp=2"))
     handle = engine.load(program, {("param", "weight"): model.weight})

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hocket.runtime import mailbox, wire
-from hocket.runtime.mailbox import LONGEST, SLOTS, Inbox, Outbox
+from hocket.runtime.mailbox import LONGEST, SLOTS, Inbox, Outbox, Watch
 from hocket.runtime.monitor import PAGE_BYTES
 from hocket.runtime.wire import Op, Packet
 
@@ -82,7 +82,7 @@ def conversation(order: list[bool], lengths: list[int], outbox_type: type[Outbox
     page = mmap.mmap(-1, PAGE_BYTES)
     turns = Turns(order)
     line = Line(turns)
-    outbox, inbox = outbox_type(page), Inbox(page, line, 0.0)
+    outbox, inbox = outbox_type(page), Inbox(page, line, None)
     outbox._words = Paced(outbox._words, turns, "controller")
     inbox._words = Paced(inbox._words, turns, "rank")
     found: list[Packet] = []
@@ -129,11 +129,11 @@ def test_the_interleavings_find_a_lost_wake_up(monkeypatch):
     assert any(not conversation(order, [40], Hasty) for order in orders)
 
 
-@pytest.mark.parametrize("look_for", [0.0, 1e-3])
-def test_letters_and_parcels_arrive_in_order_through_a_real_socket(look_for):
+@pytest.mark.parametrize("watch", [None, Watch()])
+def test_letters_and_parcels_arrive_in_order_through_a_real_socket(watch):
     page = mmap.mmap(-1, PAGE_BYTES)
     ours, theirs = wire.pair()
-    outbox, inbox = Outbox(page), Inbox(page, wire.Inbox(theirs), look_for)
+    outbox, inbox = Outbox(page), Inbox(page, wire.Inbox(theirs), watch)
     lengths = [0, 8, LONGEST + 1, 3000, 16, 16, LONGEST - wire.HEADER.size, 1] * 30
     found = []
     reader = threading.Thread(target=lambda: found.extend(inbox.receive() for _ in lengths))
@@ -158,7 +158,7 @@ def test_letters_and_parcels_arrive_in_order_through_a_real_socket(look_for):
 def test_a_full_box_says_so_until_a_letter_is_taken_out():
     page = mmap.mmap(-1, PAGE_BYTES)
     ours, theirs = wire.pair()
-    outbox, inbox = Outbox(page), Inbox(page, wire.Inbox(theirs), 0.0)
+    outbox, inbox = Outbox(page), Inbox(page, wire.Inbox(theirs), None)
     for number in range(1, SLOTS + 1):
         assert not outbox.is_full(number)
         outbox.put(number, letter(number, 0), by_socket=False)
@@ -173,7 +173,7 @@ def test_a_full_box_says_so_until_a_letter_is_taken_out():
 def test_the_end_of_the_controller_reaches_a_sleeping_rank():
     page = mmap.mmap(-1, PAGE_BYTES)
     ours, theirs = wire.pair()
-    inbox = Inbox(page, wire.Inbox(theirs), 0.0)
+    inbox = Inbox(page, wire.Inbox(theirs), None)
     ours.close()
     with pytest.raises(wire.Closed):
         inbox.receive()
@@ -183,7 +183,7 @@ def test_the_end_of_the_controller_reaches_a_sleeping_rank():
 def test_done_is_told_to_a_sleeping_controller_only():
     page = mmap.mmap(-1, PAGE_BYTES)
     ours, theirs = wire.pair()
-    outbox, inbox = Outbox(page), Inbox(page, wire.Inbox(theirs), 0.0)
+    outbox, inbox = Outbox(page), Inbox(page, wire.Inbox(theirs), None)
     assert not inbox.finish(1)
     assert outbox.done() == 1
     outbox.sleep(1)
@@ -193,3 +193,15 @@ def test_done_is_told_to_a_sleeping_controller_only():
     assert outbox.done() == 3
     ours.close()
     theirs.close()
+
+
+def test_waits_are_watched_for_long_while_they_are_short(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(mailbox.time, "monotonic", lambda: clock[0])
+    watch = Watch()
+    looked = []
+    for waited in (1e-3, 1e-3, 5e-3, 5e-3, 1e-4, 0.0):
+        looked.append(watch.begin() - clock[0])
+        clock[0] += waited
+        watch.end()
+    assert looked == pytest.approx([Watch.MOMENT, Watch.LONG, Watch.LONG, Watch.MOMENT, Watch.MOMENT, Watch.LONG])
