@@ -14,7 +14,7 @@ from tiles_link import bound, first_share, median_of, name_of
 from tiles_model import TILES, Device, calibrated, chosen_form, is_fused, sublayer_seconds, sublayers
 from tiles_patterns import pattern_rows
 from tiles_ranks import Ranks
-from tiles_step import step_rows
+from tiles_step import linked_rows, step_rows
 
 from hocket.compiler.cost.cluster import Cluster
 from hocket.compiler.rules.table import RuleTable
@@ -31,6 +31,11 @@ product alone that is gone (E of Flux, arXiv 2406.06858). bf16 sums are slow in 
 loop saves there; on a machine without a unit for bf16 those rows are left out.
 
 The costs by which loops are chosen are those of ``hocket calibrate``, measured at the start of the same run.
+
+Two bounds say what a loop can reach. In shared memory it cannot be quicker than the product alone, so no speed-up over shared memory
+exceeds the one given beside it. Over a link nothing travels while the first tile is computed: the part that can be hidden at most is
+given beside what is. The link is emulated: bytes lie in shared memory, and are seen when a wire of that latency and bandwidth would
+have delivered them.
 """
 
 
@@ -182,6 +187,7 @@ def main() -> None:
             "products": lambda: products(ranks, repeats, quick=options.quick),
             "bytes": lambda: memory(ranks),
             "step": lambda: step_rows(ranks, cluster, 3 if options.quick else 5, with_bf16=not has_slow_bf16(ranks)),
+            "linked": lambda: linked_rows(ranks, cluster, 3 if options.quick else 5, quick=options.quick),
             "link": lambda: links(ranks, cluster, 3 if options.quick else 5, quick=options.quick),
             "never": lambda: never_slower(ranks, cluster, 20 if options.quick else 200, 3),
             "patterns": pattern_rows,

@@ -29,14 +29,20 @@ class LinkBench:
         self.bench = bench
         self.communicator = LinkCommunicator(bench.shm, LinkTransport(bench.shm.transport, LinkSpec(0.0, 1e12)))
         self.runner = TileRunner(self.communicator, self.communicator.transport, bench.runner.axes)
+        self.communicator.tile_runner = self.runner  # type: ignore[attr-defined]
+
+    def tuned(self, line: tuple[float, float]) -> LinkCommunicator:
+        """The communicator, with a link of that line."""
+        transport = self.communicator.transport
+        transport.spec = transport.wire.spec = LinkSpec(line[0], 1 / max(line[1], 1e-15))
+        return self.communicator
 
     def contenders(
         self, loop: TileLoop, shape: Sequence[int], forms: Sequence[Form], line: tuple[float, float]
     ) -> dict[str, Callable[[], Any]]:
         """The product alone, product and collective one after the other, and the loop in every form. line: seconds a message and a
         byte."""
-        transport = self.communicator.transport
-        transport.spec = transport.wire.spec = LinkSpec(line[0], 1 / max(line[1], 1e-15))
+        self.tuned(line)
         m, k, n = shape
         torch.manual_seed(self.bench.rank)
         x, w, out = torch.randn(m, k // loop.parts) / 8, torch.randn(k // loop.parts, n) / 8, torch.empty(m, n)

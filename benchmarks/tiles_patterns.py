@@ -34,21 +34,23 @@ def pattern_rows() -> list[Row]:
 
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
     rules = RuleTable(None)
-    fused, kept, theirs = 0, 0, []
-    for name, pattern in PATTERNS.items():
+    fused, kept, theirs, failed = 0, 0, 0, 0
+    for pattern in PATTERNS.values():
         program = program_of(pattern, 2)
         done = FuseTiles(least_gain=-1e9)(program, Context(Mesh((("tp", 2),)), rules, Cluster.default()))
         fused += any(d.applied for d in done.decisions)
         kept += not any(d.applied for d in done.decisions) and all(d.reason for d in done.decisions)
-        if fused_by_torch(program):
-            theirs.append(name)
-    text = f"{fused} fused, {kept} kept for a reason, of {len(PATTERNS)}; torch's async-TP pass recognises {len(theirs)}"
+        recognised = fused_by_torch(program)
+        theirs += recognised is True
+        failed += recognised is None
+    text = f"{fused} fused, {kept} kept for a reason, of {len(PATTERNS)}; torch's async-TP pass recognises {theirs}"
+    text += f", and raises an error of its own on {failed}" * bool(failed)
     whole = (fused + kept) / len(PATTERNS)
     return [Row(CLAIM, "forward and backward of layers", whole, "", goal="= 100%", met=whole == 1.0, text=text)]
 
 
-def fused_by_torch(program: Program) -> bool:
-    """Whether torch's pass puts one of its fused ops into the graph."""
+def fused_by_torch(program: Program) -> bool | None:
+    """Whether torch's pass puts one of its fused ops into the graph; None where it raises."""
     graph = copy_program(program)[0].graph.graph
     for node in graph.nodes:  # which Inductor has dropped before this pass
         if node.target is torch.ops.aten.contiguous.default and node.args[0].meta["val"].is_contiguous():
@@ -58,5 +60,10 @@ def fused_by_torch(program: Program) -> bool:
         mock.patch.object(torch.distributed, "is_nccl_available", return_value=True),
         mock.patch.object(torch.distributed._symmetric_memory, "is_symm_mem_enabled_for_group", return_value=True),
     ):
-        micro_pipeline_tp_pass(graph)
-    return any("symm_mem" in str(node.target) for node in graph.nodes)
+        try:
+            micro_pipeline_tp_pass(graph)
+            failed = False
+        except (AttributeError, KeyError):  # at a second collective, after the first was fused or not
+            failed = True
+    found = any("symm_mem" in str(node.target) for node in graph.nodes)
+    return None if failed and not found else found

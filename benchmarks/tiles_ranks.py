@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import multiprocessing
 import os
 import time
@@ -23,6 +24,7 @@ from hocket.runtime.executors.flat import FlatExecutor
 from hocket.runtime.executors.tile_ready import ReadyLoop
 from hocket.runtime.executors.tile_runner import TileRunner
 from hocket.runtime.executors.tiles import LoopRun
+from hocket.runtime.late import late_waits
 from hocket.runtime.load import load
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.program import RankProgram
@@ -236,18 +238,28 @@ class Bench:
         self.runner.run(ready, (x, w))
         return float(self.shm.wire.total - before), LoopRun(ready, 0, 0, (x, w)).sizes.delivered
 
-    def program(self, texts: dict[str, str], inputs: Sequence[tuple[tuple[int, ...], str]], repeats: int) -> Any:
-        """Whole programs: name -> instruction list; ``gloo ...`` runs over gloo. inputs: (local shape, dtype) per port."""
+    def program(
+        self,
+        texts: dict[str, str],
+        inputs: Sequence[tuple[tuple[int, ...], str]],
+        repeats: int,
+        line: tuple[float, float] = (0.0, 0.0),
+    ) -> Any:
+        """Whole programs: name -> instruction list; ``gloo ...`` runs over gloo, ``link ...`` over a link with that line. inputs:
+        (local shape, dtype) per port."""
         generator = torch.Generator().manual_seed(self.rank)
         values = [(torch.randn(shape, generator=generator) / 8).to(getattr(torch, dtype)) for shape, dtype in inputs]
         contenders = {}
         for name, text in texts.items():
-            communicator = self.gloo if name.startswith("gloo") else self.shm
+            communicator: Any = self.gloo if name.startswith("gloo") else self.shm
+            if name.startswith("link"):
+                communicator = self.link_end().tuned(line)
             contenders[name] = self._step(RankProgram.from_json(text), communicator, values)
         return self.turns(contenders, repeats)
 
     def _step(self, program: RankProgram, communicator: Any, values: Sequence[torch.Tensor]) -> Contender:
-        executor = FlatExecutor(load(program, self.rank), communicator)
+        ready = load(program, self.rank)
+        executor = FlatExecutor(ready, communicator, schedule=functools.partial(late_waits, ready))
         first, *later = program.segments
 
         def run() -> None:
@@ -261,7 +273,11 @@ class Bench:
 
     def link(self, shape: Sequence[int], forms: Sequence[Form], line: tuple[float, float], repeats: int) -> Any:
         """mm -> reduce_scatter over an emulated link. line: seconds a message and a byte."""
+        loop = product_loop("reduce_scatter", self.parts, shape[0])
+        return self.turns(self.link_end().contenders(loop, shape, forms, line), repeats)
+
+    def link_end(self) -> LinkBench:
+        """This rank's end of the link; all ranks make it at the same time."""
         if self._link is None:
             self._link = LinkBench(self)
-        loop = product_loop("reduce_scatter", self.parts, shape[0])
-        return self.turns(self._link.contenders(loop, shape, forms, line), repeats)
+        return self._link

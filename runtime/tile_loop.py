@@ -92,7 +92,7 @@ class Result(NamedTuple):
 @dataclass(frozen=True)
 class TileLoop:
     """See the module. rows: length of the loop; tiles: per chunk; slots 0 .. len(reads)-1 hold the operands; growth: of the
-    tiles of a chunk, from one to the next; eager: whether a rank computes its own chunk without waiting for what others add to it."""
+    tiles of a chunk, from one to the next; eager: whether a rank computes its own chunk without waiting for what the others add."""
 
     axis: str
     parts: int

@@ -23,7 +23,9 @@ from ...compiler.contract import Context, Contract, Equal
 from ...compiler.errors import HocketError
 from ...compiler.program import Decision, Program, copy_program, note, tensor_inputs
 from ...compiler.tiles import TileLoop, check_schedule
+from ..overlap_order import OverlapOrder
 from ..remembered import Remembered
+from ..timeline import Timeline
 from .build import Built, build, insert
 from .cuts import Cuts, Order
 from .predict import Prediction, predict
@@ -99,6 +101,7 @@ class _Search:
         self.options, self.program, self.context = options, program, context
         self.loops: list[Choice] = []
         self.kept: list[Decision] = []
+        self.exposed = exposed_seconds(program, context)
 
     def run(self) -> Chosen:
         done: set[str] = set()
@@ -199,12 +202,12 @@ class _Search:
         built = build(region, parts, axis)
         if isinstance(built, str):
             return built
-        predicted = predict(region, built.loop, self.context.cluster, self.options.tiles)
+        predicted = predict(region, built.loop, self.context.cluster, self.options.tiles, self.exposed)
         loop = built.loop = predicted.loop
         if predicted.gain <= self.options.least_gain * predicted.apart:
             return (
                 f"predicted {predicted.apart * 1e6:.0f} us apart and {predicted.fused * 1e6:.0f} us as a loop: "
-                f"less than {self.options.least_gain:.0%} to gain ({self.context.cluster.tiles.origin})"
+                f"less than {self.options.least_gain:.0%} to gain ({_hidden(predicted)}{self.context.cluster.tiles.origin})"
             )
         check_schedule([loop] * 3)
         decision = self._applied(region, loop, predicted)
@@ -220,7 +223,7 @@ class _Search:
             f"{names} and {len(region.heavy)} product{'s' * (len(region.heavy) > 1)} in one loop of {loop.parts} x {loop.tiles} "
             f"{'growing ' * (loop.growth > 1)}tiles{', own chunk first' * loop.eager}, {len(loop.calls)} calls each: predicted "
             f"{predicted.apart * 1e6:.0f} -> {predicted.fused * 1e6:.0f} us "
-            f"({self.context.cluster.tiles.origin}; rounding: {', '.join(classes)})"
+            f"({_hidden(predicted)}{self.context.cluster.tiles.origin}; rounding: {', '.join(classes)})"
         )
         product = region.heavy[-1]
         return Decision(self.options.name, collective_of(waits[0]).name, True, reason, predicted.gain, note(product).source)  # noqa: FBT003
@@ -228,6 +231,22 @@ class _Search:
     def _parts(self, collective: fx.Node) -> int:
         assert self.program.mesh is not None
         return self.program.mesh.axis_size(str(collective.args[-1]))
+
+
+def exposed_seconds(program: Program, context: Context) -> dict[str, float]:
+    """By the name of a collective, the seconds of it that independent work cannot hide: that comes first, since it costs nothing.
+    Empty where ranks see each other's memory: there a processor moves the bytes, and nothing travels beside its work."""
+    if context.cluster.link is None:
+        return {}
+    ordered = OverlapOrder(least_gain=0.0)(program, context)
+    calls = [node for node in ordered.nodes if node.op == "call_function"]
+    return Timeline(ordered, context.cluster).run(calls).exposed
+
+
+def _hidden(predicted: Prediction) -> str:
+    if predicted.hidden < 1e-6:
+        return ""
+    return f"independent work hides {predicted.hidden * 1e6:.0f} us more; "
 
 
 def _rank(found: tuple[Choice, Region, Built]) -> tuple[bool, bool, float]:

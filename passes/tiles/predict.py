@@ -14,7 +14,7 @@ others; tiles that grow by 2 leave 1/(2^n - 1) of it. A link that is quicker hid
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,13 @@ ON_LINK = (*IN_MEMORY, (3, 2), (4, 2), (5, 2), (8, 1), (16, 1))
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a region as it stands, and as the quickest form of its loop."""
+    """Seconds of a region as it stands, and as the quickest form of its loop. hidden: seconds of its collectives that independent
+    work hides anyway; they are not in ``apart``."""
 
     apart: float
     fused: float
     loop: TileLoop
+    hidden: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -49,16 +51,21 @@ class Prediction:
         return self.apart - self.fused
 
 
-def predict(region: Region, loop: TileLoop, cluster: Cluster, tiles: int = 0) -> Prediction:
-    """The best form of a region's loop, beside the region as it stands. tiles: per chunk, 0 to choose."""
-    apart = region_seconds(region, region.rows, cluster)
+def predict(
+    region: Region, loop: TileLoop, cluster: Cluster, tiles: int = 0, exposed: Mapping[str, float] | None = None
+) -> Prediction:
+    """The best form of a region's loop, beside the region as it stands. tiles: per chunk, 0 to choose; exposed: by the name of a
+    collective what is left of it where independent work travels beside it, for those of which that is known."""
+    apart, hidden = region_seconds(region, region.rows, cluster), 0.0
     for wait, kinds in ((region.ahead, AHEAD), (region.behind, BEHIND)):
         if wait is not None:
             collective = collective_of(wait)
-            apart += collective_seconds(collective, kinds[collective.target], loop.parts, loop.axis, cluster)
+            whole = collective_seconds(collective, kinds[collective.target], loop.parts, loop.axis, cluster)
+            left = min(whole, (exposed or {}).get(collective.name, whole))
+            apart, hidden = apart + left, hidden + whole - left
     found = [(loop_seconds(region, form, cluster), form) for form in forms(loop, cluster, tiles)]
     seconds, best = min(found, key=lambda pair: pair[0])
-    return Prediction(apart, seconds, best)
+    return Prediction(apart, seconds, best, hidden)
 
 
 def forms(loop: TileLoop, cluster: Cluster, tiles: int = 0) -> Iterator[TileLoop]:
@@ -70,9 +77,8 @@ def forms(loop: TileLoop, cluster: Cluster, tiles: int = 0) -> Iterator[TileLoop
     for number, growth in shapes:
         if number > loop.chunk or number * loop.parts > MOST_SLOTS:
             continue
-        yield dataclasses.replace(loop, tiles=number, growth=growth, eager=False)
-        if sums:
-            yield dataclasses.replace(loop, tiles=number, growth=growth, eager=True)
+        for eager in (True, False) if sums else (False,):
+            yield dataclasses.replace(loop, tiles=number, growth=growth, eager=eager)
 
 
 def loop_seconds(region: Region, loop: TileLoop, cluster: Cluster) -> float:
@@ -96,6 +102,8 @@ def loop_seconds(region: Region, loop: TileLoop, cluster: Cluster) -> float:
                 clock = max(clock, there[sender, _turned(loop, step, step.peer), step.value])
             case "compute":
                 clock += compute[rows]
+                if step.how == "finish":  # the product adds to a copy of what has arrived
+                    clock += 2 * carried / cluster.memory_bandwidth
             case _:
                 clock += 2 * carried / cluster.memory_bandwidth
     return clock
