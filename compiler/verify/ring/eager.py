@@ -80,7 +80,8 @@ def wrap(algebra: Algebra, tree: Any) -> Any:
     if isinstance(tree, RingTensor):
         return RingArray(tree, algebra)
     if isinstance(tree, (list, tuple)):
-        return type(tree)([wrap(algebra, item) for item in tree])
+        items = [wrap(algebra, item) for item in tree]
+        return tuple(items) if isinstance(tree, tuple) else items  # torch's named results included
     return tree
 
 

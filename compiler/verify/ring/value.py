@@ -86,7 +86,8 @@ def map_ring(value: Value, function: Callable[[RingTensor], Any]) -> Value:
     if isinstance(value, RingTensor):
         return function(value)
     if isinstance(value, (list, tuple)):
-        return type(value)([map_ring(item, function) for item in value])
+        items = [map_ring(item, function) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
         return {key: map_ring(item, function) for key, item in value.items()}
     return value

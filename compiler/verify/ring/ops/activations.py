@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..algebra import Algebra
-from ..order import compare
+from ..order import compare, maximum, minimum
 from ..value import RingTensor, Value
 
 aten = torch.ops.aten
@@ -137,6 +137,26 @@ def elu_backward(
     return alg.mul(alg.mul(grad, scale), alg.where(compare(alg, "gt", y, 0), 1, slope))
 
 
+def logaddexp(alg: Algebra, x: Value, y: Value) -> RingTensor:
+    """log(exp x + exp y)."""
+    return alg.log(alg.add(alg.exp(x), alg.exp(y)))
+
+
+def logit(alg: Algebra, x: Value, eps: float | None = None) -> RingTensor:
+    """log(x / (1 - x)), of x moved into [eps, 1 - eps]."""
+    if eps is not None:
+        x = minimum(alg, maximum(alg, x, eps), 1 - eps)
+    return alg.log(alg.div(x, alg.sub(1, x)))
+
+
+def logit_backward(alg: Algebra, grad: Value, x: Value, eps: float | None = None) -> RingTensor:
+    """g / (x (1 - x)), 0 where x was moved."""
+    slope = alg.div(grad, alg.mul(x, alg.sub(1, x)))
+    if eps is None:
+        return slope
+    return alg.where(compare(alg, "lt", x, eps) | compare(alg, "gt", x, 1 - eps), 0, slope)
+
+
 ACTIVATIONS: dict[Any, Callable[..., Any]] = {
     aten.sigmoid: sigmoid,
     aten.sigmoid_backward: sigmoid_backward,
@@ -146,6 +166,10 @@ ACTIVATIONS: dict[Any, Callable[..., Any]] = {
     aten.silu_backward: silu_backward,
     aten.softplus: softplus,
     aten.softplus_backward: softplus_backward,
+    aten.logaddexp: logaddexp,
+    aten.logit: logit,
+    aten.logit_backward: logit_backward,
+    aten.log_sigmoid: lambda alg, x: log_sigmoid_forward(alg, x)[0],
     aten.log_sigmoid_forward: log_sigmoid_forward,
     aten.log_sigmoid_backward: log_sigmoid_backward,
     aten.gelu: gelu,

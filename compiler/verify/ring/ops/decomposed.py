@@ -37,8 +37,6 @@ DECOMPOSED_OPS: tuple[Any, ...] = (
     aten.mish_backward.default,
     aten.glu.default,
     aten.glu_backward.default,
-    aten.logit.default,
-    aten.logaddexp.default,
     aten.xlogy.Tensor,
     aten.norm.ScalarOpt_dim,
     aten.norm.Scalar,

@@ -5,6 +5,7 @@ The frequent ops shift dimensions past the leading component axis; the rest are 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,6 +133,20 @@ def copy(alg: Algebra, target: Value, source: Value, **options: Any) -> RingTens
     return expand(alg, alg.lift(source), list(target.shape))
 
 
+def tensor_split(alg: Algebra, x: RingTensor, pieces: int | Sequence[int], dim: int = 0) -> list[RingTensor]:
+    """Pieces of nearly equal length, or between the given positions."""
+    axis = dim % x.ndim
+    places = torch.tensor_split(torch.arange(x.shape[axis]), pieces)
+    starts = itertools.accumulate((len(place) for place in places), initial=0)
+    return [narrow(x, axis, start, len(place)) for start, place in zip(starts, places, strict=False)]
+
+
+def as_strided(alg: Algebra, x: RingTensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> RingTensor:
+    """Elements of a contiguous tensor by their places in memory, which are counted from its own first element."""
+    places = torch.arange(x.numel()).as_strided(list(size), list(stride), offset or 0)
+    return x.map(lambda t: t.expand(4, *x.shape).reshape(4, -1)[:, places])
+
+
 def by_rows(op: Any) -> Callable[..., RingTensor]:
     """Apply a rearranging op to each component array; it must not fill in zeros."""
 
@@ -189,9 +204,9 @@ VIEWS: dict[Any, Callable[..., Any]] = {
     aten.unbind: unbind,
     aten.copy: copy,
     aten.constant_pad_nd: pad,
-    **{
-        op: by_rows(op)
-        for op in (aten.flip, aten.roll, aten.repeat, aten.diagonal, aten.unfold, aten.as_strided, aten.narrow, aten.movedim)
-    },
+    **{op: by_rows(op) for op in (aten.flip, aten.roll, aten.repeat, aten.diagonal, aten.unfold, aten.narrow, aten.movedim)},
+    aten.as_strided: as_strided,
+    aten.tensor_split: tensor_split,
+    aten.real: lambda alg, x: alg.lift(x),
     **{op: by_rows_filling(op) for op in (aten.tril, aten.triu, aten.slice_backward, aten.select_backward, aten.diagonal_backward)},
 }
