@@ -32,10 +32,10 @@ loop saves there; on a machine without a unit for bf16 those rows are left out.
 
 The costs by which loops are chosen are those of ``hocket calibrate``, measured at the start of the same run.
 
-Two bounds say what a loop can reach. In shared memory it cannot be quicker than the product alone, so no speed-up over shared memory
-exceeds the one given beside it. Over a link nothing travels while the first tile is computed: the part that can be hidden at most is
-given beside what is. The link is emulated: bytes lie in shared memory, and are seen when a wire of that latency and bandwidth would
-have delivered them.
+Two bounds say what a loop can reach. In shared memory it cannot be quicker than the product alone, so no speed-up over shared
+memory exceeds the one given beside it. Over a link nothing travels while the first tile is computed: the part that can be hidden at
+most is given beside what is. The link is emulated: bytes lie in shared memory, and are seen when a wire of that latency and
+bandwidth would have delivered them.
 """
 
 
