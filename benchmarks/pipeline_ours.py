@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from pipeline_peers import RANKS, layer_ranges
+from torch import nn
 
 from hocket.compiler.capture import capture
 from hocket.compiler.contract import Context
 from hocket.compiler.cost.cluster import Cluster
 from hocket.compiler.demo.llama import Llama
+from hocket.compiler.doors.pipeline_units import partition
 from hocket.compiler.plan.pipeline.costs import LinkCosts, PipelineCosts, StageCosts
 from hocket.compiler.plan.pipeline.stage_code import held_by, stage_code
-from hocket.compiler.program import Phase, RoleKind, note
+from hocket.compiler.program import Phase, Program, RoleKind, note
 from hocket.compiler.rules.table import RuleTable
 from hocket.compiler.stages import PartKind, Pipeline, StageProgram
 from hocket.passes.backward_split import BackwardSplit
+from hocket.passes.backward_split_costs import Costs
 from hocket.passes.pipeline import cut_stages
 from hocket.runtime.exchange import Exchange, exchange_bytes, is_available
 from hocket.runtime.mesh import Mesh
@@ -34,16 +38,28 @@ from hocket.runtime.transports.shm import ShmTransport
 
 @dataclass
 class Cut:
-    """A model cut into stages, and this rank's of them at work. names: of tangents that are one."""
+    """A model cut into stages, and this rank's of them at work. tangents: names of those that are one; rows: of a micro-batch."""
 
     pipeline: Pipeline
     states: dict[int, StageState]
     tangents: tuple[str, ...]
+    rows: int = 1
 
-    def given(self, tokens: torch.Tensor, targets: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        """Inputs of one micro-batch per row."""
+    def given(self, inputs: torch.Tensor, targets: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """Inputs of every micro-batch."""
         ones = dict.fromkeys(self.tangents, torch.ones(()))
-        return [{"args[0]": tokens[m : m + 1], "args[1]": targets[m : m + 1], **ones} for m in range(tokens.shape[0])]
+        pairs = zip(inputs.split(self.rows), targets.split(self.rows), strict=True)
+        return [{"args[0]": one, "args[1]": other, **ones} for one, other in pairs]
+
+    @classmethod
+    def of(cls, program: Program, forward: dict[str, int], model: nn.Module, mine: Sequence[int], *, inductor: bool = False) -> Cut:
+        """This rank's stages of a captured step, ready to run. forward: forward node -> stage."""
+        pipeline = cut_stages(program, forward)
+        tensors = {Port("param", name): p.detach().clone() for name, p in model.named_parameters()}
+        tensors |= {Port("buffer", name): b for name, b in model.named_buffers()}
+        codes = {s: stage_code(pipeline.stages[s], products=True, inductor=inductor) for s in mine}
+        states = {s: StageState(code, held_by(pipeline.stages[s], tensors)) for s, code in codes.items()}
+        return cls(pipeline, states, tuple(program.signature.inputs_of(RoleKind.TANGENT)))
 
 
 def cut_llama(
@@ -67,12 +83,16 @@ def cut_llama(
     for node in program.nodes:
         if node.op == "call_function" and note(node).phase is Phase.FORWARD:
             forward[node.name] = _stage(note(node).module, stage_of_layer, stages)
-    pipeline = cut_stages(program, forward)
-    tensors = {Port("param", name): p.detach().clone() for name, p in model.named_parameters()}
-    tensors |= {Port("buffer", name): b for name, b in model.named_buffers()}
-    codes = {s: stage_code(pipeline.stages[s], products=True, inductor=inductor) for s in mine}
-    states = {s: StageState(code, held_by(pipeline.stages[s], tensors)) for s, code in codes.items()}
-    return Cut(pipeline, states, tuple(program.signature.inputs_of(RoleKind.TANGENT)))
+    return Cut.of(program, forward, model, mine, inductor=inductor)
+
+
+def cut_evenly(model: nn.Module, example: tuple[torch.Tensor, torch.Tensor], stages: int, mine: Sequence[int]) -> Cut:
+    """Any model, its backward split, cut where hocket's plan cuts it."""
+    context = Context(Mesh.parse("d=1"), RuleTable(), Cluster.default())
+    program = BackwardSplit()(capture(model, example), context)
+    cut = Cut.of(program, partition(program, stages, Costs(context.cluster)), model, mine)
+    cut.rows = example[0].shape[0]
+    return cut
 
 
 def _stage(module: str, stage_of_layer: dict[int, int], stages: int) -> int:
@@ -84,7 +104,7 @@ def _stage(module: str, stage_of_layer: dict[int, int], stages: int) -> int:
 
 def placement(name: str) -> tuple[int, ...]:
     """Stage -> rank."""
-    return {"straight": (0, 1), "loop": (0, 1, 0, 1), "v": (0, 1, 1, 0)}[name]
+    return {"straight": (0, 1), "loop": (0, 1, 0, 1), "v": (0, 1, 1, 0), "wave": (0, 1, 1, 0, 0, 1, 1, 0)}[name]
 
 
 def run(schedule: Schedule, cut: Cut, link: Link, stamps: list[Stamp] | None = None) -> PipelineRank:
@@ -128,16 +148,28 @@ def link_costs(link: Link, size: int, repeats: int = 60) -> LinkCosts:
     return LinkCosts(send=send, receive=max(0.0, one_way - send))
 
 
-def traced_costs(cut: Cut, stamps: Sequence[Stamp], link: LinkCosts) -> PipelineCosts:
-    """Costs of every stage from what ran in place, shared between the ranks: medians of each instruction of each stage."""
+LONGEST_GAP = 1e-3
+"""Seconds between two instructions that count as the work of the loop; more is the end of a step."""
+
+
+def traced_costs(
+    cut: Cut, stamps: Sequence[Stamp], link: LinkCosts, average: Callable[[Sequence[float]], float] = statistics.median
+) -> PipelineCosts:
+    """Costs of every stage from what ran in place, shared between the ranks.
+
+    An average of each instruction of each stage, with what the loop takes until the next one. The median is typical; the mean adds
+    up to the step, where other work disturbs some instructions.
+    """
     mine: dict[tuple[str, int, int], list[float]] = {}
-    for instr, _, start, stop in stamps:
+    for (instr, _, start, stop), following in itertools.zip_longest(stamps, stamps[1:]):
+        gap = max(0.0, following.ready - stop) if following is not None else 0.0  # a weight gradient may run while another waits
         if instr.op in (Op.F, Op.I, Op.W, Op.B):
-            mine.setdefault((instr.op.value, instr.stage, instr.piece), []).append(stop - start)
+            seconds = stop - start + (gap if gap < LONGEST_GAP else 0.0)
+            mine.setdefault((instr.op.value, instr.stage, instr.piece), []).append(seconds)
     everyone: list[dict[tuple[str, int, int], float]] = [{} for _ in range(RANKS)]
-    dist.all_gather_object(everyone, {key: statistics.median(values) for key, values in mine.items()})
-    seconds = everyone[0] | everyone[1]
-    return PipelineCosts(tuple(_stage_costs(stage, seconds) for stage in cut.pipeline.stages), link)
+    dist.all_gather_object(everyone, {key: average(values) for key, values in mine.items()})
+    seconds_of = everyone[0] | everyone[1]
+    return PipelineCosts(tuple(_stage_costs(stage, seconds_of) for stage in cut.pipeline.stages), link)
 
 
 def _stage_costs(stage: StageProgram, seconds: dict[tuple[str, int, int], float]) -> StageCosts:

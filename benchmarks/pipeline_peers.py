@@ -78,22 +78,34 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def peers(rank: int, model: Llama, tokens: Tensor, targets: Tensor) -> list[Peer]:
-    """All schedules that exist for this number of micro-batches (one row of ``tokens`` each)."""
+COMPILED = ("1F1B", "Interleaved1F1B")
+"""Schedules that also run on stages compiled by torch; those that split the backward refuse them."""
+
+
+def peers(rank: int, model: Llama, tokens: Tensor, targets: Tensor, *, compiled: bool = False) -> list[Peer]:
+    """All schedules that exist for this number of micro-batches (one row of ``tokens`` each). compiled: those of COMPILED too."""
+    found = _peers(rank, model, (tokens, targets), tuple(SCHEDULES), compiled=False)
+    return found + (_peers(rank, model, (tokens, targets), COMPILED, compiled=True) if compiled else [])
+
+
+def _peers(rank: int, model: Llama, data: tuple[Tensor, Tensor], names: tuple[str, ...], *, compiled: bool) -> list[Peer]:
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.ERROR)
-    count, found = tokens.shape[0], []
-    for name, (schedule, placement) in SCHEDULES.items():
+    count, found = data[0].shape[0], []
+    for name in names:
+        schedule, placement = SCHEDULES[name]
         number = RANKS if placement == "straight" else 2 * RANKS
         mine = {"straight": [rank], "loop": [rank, rank + RANKS], "v": [rank, number - 1 - rank]}[placement]
         ranges = layer_ranges(len(model.layers), number)
         modules = [LlamaStage(model, ranges[stage]) for stage in mine]
-        stages = [PipelineStage(module, stage, number, torch.device("cpu")) for module, stage in zip(modules, mine, strict=True)]
+        callables: list[nn.Module] = [torch.compile(module) if compiled else module for module in modules]  # type: ignore[misc]
+        stages = [PipelineStage(one, stage, number, torch.device("cpu")) for one, stage in zip(callables, mine, strict=True)]
         single = schedule in (ScheduleGPipe, Schedule1F1B)
         try:
             runner = schedule(stages[0] if single else stages, count, loss_fn=loss_of, scale_grads=False)  # type: ignore[arg-type]
         except ValueError:
             continue  # DualPipeV needs as many micro-batches as stages
-        found.append(Peer(name, modules, _step_of(runner, modules, 0 in mine, number - 1 in mine, (tokens, targets))))
+        step = _step_of(runner, modules, 0 in mine, number - 1 in mine, data)
+        found.append(Peer(f"{name}, compiled" if compiled else name, modules, step))
     return found
 
 

@@ -146,18 +146,3 @@ def speed_rows() -> list[Row]:
             )
         )
     return rows
-
-
-def two_stage_rows() -> list[Row]:
-    """The four rows of 2BP for four and eight stages, without a goal: with equal stages the simulator gives the closed form."""
-    rows = []
-    one = StageCosts(1.0, 1.15, (0.75,), held=(HELD,))
-    for p in (4, 8):
-        for name, m in (("naive", 1), ("gpipe", p), ("1f1b", p), ("1f1b", 2 * p)):
-            costs = PipelineCosts((one,) * p)
-            base, split = (simulate(closed_form(form, p, m), costs).seconds for form in (name, f"{name}-2bp"))
-            text, gain = f"{split:.2f} vs {base:.2f}", base / split
-            rows.append(
-                Row("two-stage backward", f"{p} stages, {name}, m = {m}", gain, "x", {name: base}, gain, simulated=True, text=text)
-            )
-    return rows

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from pipeline_ours import Cut, cut_llama, link_costs, new_link, placement, run, traced_costs
+from pipeline_models import CASES
+from pipeline_ours import Cut, cut_evenly, cut_llama, link_costs, new_link, placement, run, traced_costs
 from pipeline_peers import peers
 
 from hocket.compiler.demo.llama import Llama, LlamaConfig
-from hocket.compiler.plan.pipeline.costs import PipelineCosts
+from hocket.compiler.plan.pipeline.costs import PipelineCosts, StageCosts
 from hocket.compiler.plan.pipeline.forms import closed_form
 from hocket.compiler.plan.pipeline.improve import Effort
 from hocket.compiler.plan.pipeline.problem import Problem
@@ -32,13 +34,16 @@ from hocket.runtime.schedule.run import Stamp
 from hocket.runtime.schedule.text import format_schedule, parse_schedule
 
 HAND = {"1f1b": "straight", "1f1b-2bp": "straight", "zb-h1": "straight", "interleaved": "loop", "zb-v": "v"}
-TRACED = {"straight": "zb-h1", "v": "zb-v"}
-"""The schedules that costs are traced in, by placement."""
+TRACED = {"straight": "zb-h1", "v": "zb-v", "wave": ""}
+"""The schedules that costs are traced in, by placement; where no form is known, one that is made for stages of a Llama."""
+
+TRIED, TRIALS = 4, 3
+"""The schedules of the least predicted time that take a trial, and its steps: the one that runs fastest is chosen."""
 
 TABLE = (("naive", 1), ("gpipe", 2), ("1f1b", 2), ("1f1b", 4))
 """2BP's rows at two stages: naive, GPipe, 1F1B-1 and 1F1B-2."""
 
-STAGES = {"straight": 2, "loop": 4, "v": 4}
+STAGES = {"straight": 2, "loop": 4, "v": 4, "wave": 8}
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,14 @@ class Setting:
     """One measurement.
 
     config: of the model; micro_batches: each one sequence; rounds: timed; seconds: of search for a schedule; table: the rows of
-    2BP instead of all schedules; inductor: compile every part (two stages a rank only).
+    2BP instead of all schedules, for that model ("": not); inductor: compile every part (two stages a rank only).
     """
 
     config: LlamaConfig
     micro_batches: int
     rounds: int
     seconds: float = 4.0
-    table: bool = False
+    table: str = ""
     inductor: bool = False
 
 
@@ -62,7 +67,8 @@ class Found:
     """What a contest found.
 
     seconds: of every contender's steps; predicted: before they ran, in_situ: with the costs that they had while they ran; bound: no
-    schedule is faster; chosen: what hocket would run; gradients_agree: largest relative difference of a norm from torch's.
+    schedule is faster; chosen: what hocket would run; gradients_agree: largest relative difference of a norm from torch's;
+    deeper: of 2BP's rows at more stages, simulated: gain and the most it can be.
     """
 
     seconds: dict[str, list[float]]
@@ -71,6 +77,7 @@ class Found:
     bound: float
     chosen: str
     gradients_agree: float
+    deeper: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def measure(setting: Setting) -> Found:
@@ -102,7 +109,8 @@ def _rank(rank: int, where: tuple[int, str], setting: Setting, queue: Queue[Any]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        found = _Contest(rank, setting, where[1]).run()
+        contest = _Table(rank, setting, where[1]) if setting.table else _Contest(rank, setting, where[1])
+        found = contest.run()
         if rank == 0:
             queue.put(found)
     except BaseException as error:
@@ -130,16 +138,16 @@ class _Contest:
         self.cuts: dict[str, Cut] = {"v": v} if inductor else {"v": v, "loop": v}
         if not inductor:
             self.cuts["straight"] = cut_llama(self.model, example, 2, mine["straight"])
+            if setting.config.layers >= STAGES["wave"]:
+                self.cuts["wave"] = cut_llama(self.model, example, STAGES["wave"], mine["wave"])
         self.stamps: dict[str, list[Stamp]] = {}
 
     def run(self) -> Found:
         """Trace, plan, measure."""
-        if self.setting.table:
-            return self.table()
         m = self.setting.micro_batches
         size = self.setting.config.context * self.setting.config.width * 4
         link = link_costs(self.link, size)
-        costs = {name: self.traced(closed_form(hand, 2, m), name, link) for name, hand in TRACED.items() if name in self.cuts}
+        costs = {name: self.traced(self.first_schedule(name), name, link) for name in TRACED if name in self.cuts}
         schedules = {name: (closed_form(name, 2, m), where) for name, where in HAND.items() if where in self.cuts}
         predicted = {name: simulate(s, costs["v" if w == "loop" else w]).seconds for name, (s, w) in schedules.items()}
         bound = float("inf")
@@ -147,43 +155,27 @@ class _Contest:
             schedule, seconds, least = self.planned(costs[where], where)
             schedules[f"synthesised, {where}"], predicted[f"synthesised, {where}"] = (schedule, where), seconds
             bound = min(bound, least)
-        chosen = min(predicted, key=lambda name: predicted[name])
         contenders: dict[str, Callable[[], object]] = {}
         for name, (schedule, where) in schedules.items():
             cut = self.cuts[where]
             self.stamps[name] = []
             runner, given = run(schedule, cut, self.link, self.stamps[name]), cut.given(self.tokens, self.targets)
             contenders[f"hocket {name}"] = lambda runner=runner, given=given: runner.step(given)  # type: ignore[misc]
-        for peer in peers(self.rank, self.model, self.tokens, self.targets):
+        likely = sorted(predicted, key=lambda name: predicted[name])[:TRIED]
+        tried = timed({name: contenders[f"hocket {name}"] for name in likely}, TRIALS)
+        chosen = min(likely, key=lambda name: min(tried[name]))
+        for peer in peers(self.rank, self.model, self.tokens, self.targets, compiled=self.setting.inductor):
             contenders[f"torch {peer.name}"] = peer.step
         agree = self.agreement(contenders[f"hocket {chosen}"], self.cuts[schedules[chosen][1]], contenders["torch 1F1B"])
         for stamps in self.stamps.values():
             stamps.clear()
-        seconds = self.timed(contenders)
+        seconds = timed(contenders, self.setting.rounds)
         again = {name: self.predict_again(name, *schedules[name], link) for name in schedules}
         return Found(seconds, predicted, again, bound, chosen, agree)
 
-    def table(self) -> Found:
-        """The rows of 2BP, with and without the split."""
-        cut = self.cuts["straight"]
-        contenders: dict[str, Callable[[], object]] = {}
-        schedules = {}
-        for name, count in TABLE:
-            for form in (name, f"{name}-2bp"):
-                label = f"{form} m={count}"
-                schedules[label], self.stamps[label] = closed_form(form, 2, count), []
-                runner = run(schedules[label], cut, self.link, self.stamps[label])
-                given = cut.given(self.tokens[:count], self.targets[:count])
-                contenders[label] = lambda runner=runner, given=given: runner.step(given)  # type: ignore[misc]
-        link = link_costs(self.link, self.setting.config.context * self.setting.config.width * 4)
-        seconds = self.timed(contenders)
-        costs = traced_costs(cut, [stamp for stamps in self.stamps.values() for stamp in stamps], link)
-        both = {label: simulate(schedule, costs).seconds for label, schedule in schedules.items()}
-        return Found(seconds, both, both, 0.0, "", 0.0)
-
     def predict_again(self, name: str, schedule: Schedule, where: str, link: Any) -> float:
         """The simulator's seconds with the costs that this very schedule had while it was timed."""
-        costs = traced_costs(self.cuts[where], self.stamps[name], link)
+        costs = traced_costs(self.cuts[where], self.stamps[name], link, statistics.fmean)
         return simulate(schedule, costs).seconds
 
     def traced(self, schedule: Schedule, where: str, link: Any) -> PipelineCosts:
@@ -223,16 +215,83 @@ class _Contest:
         assert left.keys() == right.keys()
         return max(abs(left[name] / right[name] - 1) for name in left)
 
-    def timed(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of the slower rank, contender after contender in every round; the first two rounds warm up."""
-        found: dict[str, list[float]] = {name: [] for name in contenders}
-        for round_ in range(self.setting.rounds + 2):
-            for name, step in contenders.items():
-                dist.barrier()
-                start = time.perf_counter()
-                step()
-                took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-                dist.all_reduce(took, dist.ReduceOp.MAX)
-                if round_ >= 2:
-                    found[name].append(float(took))
-        return found
+    def first_schedule(self, where: str) -> Schedule:
+        """One to trace costs in."""
+        if TRACED[where]:
+            return closed_form(TRACED[where], 2, self.setting.micro_batches)
+        like_a_llama = StageCosts(5e-3, 6e-3, (4e-3,))
+        return self.planned(PipelineCosts((like_a_llama,) * STAGES[where]), where)[0]
+
+
+def timed(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of the slower rank, contender after contender in every round; the first two rounds warm up."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(rounds + 2):
+        for name, step in contenders.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            if round_ >= 2:
+                found[name].append(float(took))
+    return found
+
+
+class _Table:
+    """2BP's four rows on one rank, with and without the split."""
+
+    def __init__(self, rank: int, setting: Setting, shared: str) -> None:
+        self.setting = setting
+        torch.manual_seed(0)
+        self.link = new_link(shared)
+        if setting.table == "Llama":
+            model = Llama(setting.config)
+            shape = (setting.micro_batches, setting.config.context)
+            self.data = tuple(torch.randint(0, setting.config.vocabulary, shape) for _ in range(2))
+            self.cut = cut_llama(model, (self.data[0][:1], self.data[1][:1]), 2, [rank])
+        else:
+            case = CASES[setting.table]
+            self.data = case.data(case.rows * setting.micro_batches)
+            example = (self.data[0][: case.rows], self.data[1][: case.rows])
+            self.cut = cut_evenly(case.model(), example, 2, [rank])
+
+    def run(self) -> Found:
+        """Measure, then predict from the costs that the steps had; the same for more stages like these."""
+        contenders: dict[str, Callable[[], object]] = {}
+        schedules, stamps = {}, {}
+        for name, count in TABLE:
+            for form in (name, f"{name}-2bp"):
+                label = f"{form} m={count}"
+                schedules[label], stamps[label] = closed_form(form, 2, count), list[Stamp]()
+                runner = run(schedules[label], self.cut, self.link, stamps[label])
+                given = self.cut.given(*(one[: count * self.cut.rows] for one in self.data))
+                contenders[label] = lambda runner=runner, given=given: runner.step(given)  # type: ignore[misc]
+        link = link_costs(self.link, sum(value.bytes for value in self.cut.pipeline.stages[0].sends))
+        seconds = timed(contenders, self.setting.rounds)
+        costs = traced_costs(self.cut, [stamp for found in stamps.values() for stamp in found], link)
+        both = {label: simulate(schedule, costs).seconds for label, schedule in schedules.items()}
+        return Found(seconds, both, both, 0.0, "", 0.0, deeper(costs))
+
+
+def deeper(costs: PipelineCosts) -> dict[str, tuple[float, float]]:
+    """Gain of the split at four and eight stages like the mean of these, and what no schedule with the split can exceed."""
+    both = costs.stages
+    f, i, w = (
+        sum(stage.forward for stage in both) / len(both),
+        sum(stage.backward_input for stage in both) / len(both),
+        sum(sum(stage.backward_weight) for stage in both) / len(both),
+    )
+    one = StageCosts(f, i, (w,))
+    found = {}
+    for p in (4, 8):
+        for name, m in (("naive", 1), ("gpipe", p), ("1f1b", p), ("1f1b", 2 * p)):
+            deep = PipelineCosts((one,) * p, costs.link)
+            base, split = (simulate(closed_form(form, p, m), deep).seconds for form in (name, f"{name}-2bp"))
+            least = {
+                "naive": p * (f + i) + w,
+                "gpipe": (m + p - 1) * (f + i) + m * w,
+                "1f1b": (2 * p - 1) * (f + i) + w if m == p else m * (f + i + w) + (p - 1) * f,
+            }[name]
+            found[f"{p} stages, {name}, m = {m}"] = (base / split, (m + p - 1) * (f + i + w) / least)
+    return found

@@ -9,6 +9,8 @@ bit holds again. Sums of this kind are of the class ``reordered_sum``: equal in 
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.fx as fx
 
@@ -22,7 +24,7 @@ _ACCUMULATE = {aten.index_put.default: 3, aten.put.default: 3, aten._unsafe_inde
 
 def has_no_order(node: fx.Node) -> bool:
     """Whether a call adds up floating-point numbers in no fixed order."""
-    place = _ACCUMULATE.get(node.target)  # type: ignore[arg-type]
+    place = _ACCUMULATE.get(cast(Any, node.target))
     if place is None:
         return False
     adds = node.args[place] if len(node.args) > place else node.kwargs.get("accumulate", False)
