@@ -21,7 +21,7 @@ from ..verify.report import Status, Verdict
 from .pipeline_batch import Batch, rows_of
 from .pipeline_form import Form, make_form, with_decisions
 from .pipeline_options import PipelineOrder, PipelineParallel, parse_bytes
-from .pipeline_rows import propose_rows
+from .pipeline_rows import propose_rows, with_overhead
 from .pipeline_units import stage_costs
 
 __all__ = ["CompiledPipeline", "PipelineParallel", "compile_pipeline", "parse_bytes"]
@@ -85,7 +85,7 @@ def compile_pipeline(order: PipelineOrder, batch: Batch, *, train: bool) -> Comp
     costs = _costs(first)
     reason = ""
     if train and tactic.microbatches == "auto":
-        rows, reason = propose_rows(costs, first, rows, order)
+        rows, reason = propose_rows(with_overhead(costs, first), rows, order)
     forms = _forms(order, batch, rows, train=train, known=first)
     made = time.perf_counter()
     ordered = tuple(forms[size] for size in sorted(set(rows), reverse=True))

@@ -21,7 +21,7 @@ from ..capture.trace import Aim
 from ..contract import Context, Pass
 from ..cost.cluster import Cluster
 from ..errors import InputError
-from ..layout import local_shape
+from ..layout import local_shape, local_size, padding
 from ..passmanager import PassRecord, run_passes
 from ..plan.pipeline.forms import FOLDED
 from ..plan.plan import Plan
@@ -139,18 +139,20 @@ def _check_alike(like: Form, program: Program, rows: int) -> None:
 
 def _check_even(pipeline: Pipeline, inner: Mesh, rows: int) -> None:
     """What passes between stages has one shape on all ranks: messages say no more."""
+    uneven = any(node.target in (local_size, padding) for node in pipeline.program.nodes)
     for stage in pipeline.stages:
         wanted = {value.name for value in (*stage.sends, *stage.sends_back)}
         for part in stage.parts:
             for role, node in zip(part.program.signature.outputs, part.program.results, strict=True):
                 if node is None or role.name not in wanted:
                     continue
-                found = {shape for rank in range(inner.size) if (shape := _piece(node, inner, rank)) is not None}
-                if len(found) > 1:
+                found = {_piece(node, inner, rank) for rank in range(inner.size)}
+                if len(found) > 1 or (uneven and None in found):
+                    shapes = " and ".join(str(list(shape)) for shape in sorted(shape for shape in found if shape is not None))
                     raise InputError(
                         f"{role.name} (from {note(node).source or 'unknown'}) leaves stage {stage.stage} in pieces of different "
-                        f"shapes, {' and '.join(map(str, map(list, sorted(found))))}, over {inner}: with {rows} rows in a "
-                        "micro-batch, make every dimension that is cut divisible by its axis"
+                        f"shapes, {shapes or 'not known'}, over {inner}: with {rows} rows in a micro-batch, make every dimension "
+                        "that is cut divisible by its axis"
                     )
 
 

@@ -23,20 +23,19 @@ MOST_SIZES = 3
 """Different sizes in one batch, at most."""
 
 
-def propose_rows(costs: PipelineCosts, form: Form, rows: tuple[int, ...], order: PipelineOrder) -> tuple[tuple[int, ...], str]:
+def propose_rows(costs: PipelineCosts, rows: tuple[int, ...], order: PipelineOrder) -> tuple[tuple[int, ...], str]:
     """The rows of each micro-batch that take the least simulated time, and a reason where they are not those given.
 
-    costs, form: of the largest of ``rows``. Only a schedule that is searched ("auto") knows what to do with uneven ones.
+    costs: of the largest of ``rows``, see ``with_overhead``. Only a schedule that is searched ("auto") is made for uneven ones.
     """
     if order.tactic.schedule != "auto" or len(set(rows)) > 1 or len(rows) < 2:
         return rows, ""
-    split = _with_overhead(costs, form)
     unit = order.replicas
-    before = _simulated(split, rows, order)
+    before = _simulated(costs, rows, order)
     best, seconds = rows, before
     for candidate in _candidates(len(rows), rows[0] // unit):
         scaled = tuple(unit * size for size in candidate)
-        taken = _simulated(split, scaled, order, full=rows[0])
+        taken = _simulated(costs, scaled, order, full=rows[0])
         if taken < seconds:
             best, seconds = scaled, taken
     if not seconds < before * (1 - WORTH):
@@ -69,7 +68,7 @@ def _simulated(costs: PipelineCosts, rows: tuple[int, ...], order: PipelineOrder
     return construct(found, lower_bound(found), habits=HABITS[:3]).seconds
 
 
-def _with_overhead(costs: PipelineCosts, form: Form) -> PipelineCosts:
+def with_overhead(costs: PipelineCosts, form: Form) -> PipelineCosts:
     """The same costs of a full micro-batch, with what does not shrink with it (starting each op) told apart."""
     overhead = Costs(form.context.cluster).cluster.op_overhead
     parts = [part for stage in form.pipeline.stages for part in stage.parts if part.kind not in ONCE]

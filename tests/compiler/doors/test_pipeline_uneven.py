@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 
 import hocket
 from hocket.compiler.doors.module import session_of
+from hocket.compiler.doors.pipeline_options import PipelineOrder, pipeline_order
 from hocket.compiler.doors.pipeline_rows import propose_rows
+from hocket.compiler.plan.pipeline.costs import PipelineCosts
 from hocket.errors import InputError
 from hocket.runtime.engines.local import LocalEngine
 from hocket.runtime.mesh import Mesh
@@ -79,21 +82,28 @@ def test_sizes_that_run_other_ops_are_refused_by_the_place() -> None:
         stages.train_step(torch.randn(6, 4))
 
 
+def order_for(schedule: str = "auto", mesh: str = "pp=4") -> PipelineOrder:
+    order = pipeline_order(Language(), Mesh.parse(mesh), [hocket.PipelineParallel(schedule=schedule)])
+    assert order is not None
+    return order
+
+
 def test_tapers_are_proposed_where_the_simulator_says_that_they_help() -> None:
-    torch.manual_seed(1)
-    wide = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(256, 256), nn.Tanh())])
-    tactic = hocket.PipelineParallel(loss=lambda out: out.square().mean())
-    with hocket.parallelize(wide, "pp=2", engine="sim", tactics=[tactic], verify="off") as stages:
-        stages.train_step(torch.randn(256, 256))
-        compiled = session_of(stages).compiled
-    assert sum(compiled.rows) == 256
-    again, reason = propose_rows(compiled.costs, compiled.forms[0], (64,) * 4, compiled.order)
-    assert sum(again) == 256
-    assert (again == (64,) * 4) == (not reason)
-    fixed = hocket.PipelineParallel(schedule="1f1b", loss=tactic.loss)
-    with hocket.parallelize(wide, "pp=2", engine="sim", tactics=[fixed], verify="off") as stages:
-        stages.train_step(torch.randn(256, 256))
-        assert session_of(stages).compiled.rows == (64,) * 4, "a schedule that was asked for by name is for equal micro-batches"
+    """Without fixed costs small micro-batches at both ends fill and drain four stages sooner; with high ones they only cost."""
+    free = PipelineCosts.uniform(4, 1.0, 1.0, 1.0)
+    rows, reason = propose_rows(free, (8,) * 8, order_for())
+    assert sum(rows) == 64
+    assert len(set(rows)) > 1
+    assert rows[0] < max(rows), "the first one is small"
+    assert float(reason.rpartition("save ")[2].partition("%")[0]) > 3
+    shared, _ = propose_rows(free, (8,) * 8, order_for(mesh="pp=4,dp=2"))
+    assert sum(shared) == 64
+    assert all(size % 2 == 0 for size in shared), "replicas share every micro-batch"
+    assert propose_rows(dataclasses.replace(free, fixed=3.0), (8,) * 8, order_for()) == ((8,) * 8, "")
+
+
+def test_a_schedule_asked_for_by_name_gets_equal_micro_batches() -> None:
+    assert propose_rows(PipelineCosts.uniform(4, 1.0, 1.0, 1.0), (8,) * 8, order_for("1f1b")) == ((8,) * 8, "")
 
 
 @pytest.mark.parametrize(("schedule", "message"), [("auto", r"at least|least"), ("gpipe", r"allow [\d,]+, leave the choice")])
