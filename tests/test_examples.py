@@ -20,6 +20,7 @@ PRINTS = {
     "decode": ("the same tokens: True", "tokens a sweep, the same: True"),
     "decorator": ("loss",),
     "own_pass": ("split-silu: ", "applied | silu written as a product | own_pass.py:", "refused: the result of pass split-silu"),
+    "packed_inference": ("of 512 tokens (25%)",),
     "pipeline": ("step 4: loss", "gradients equal to the plain model's to the last bit: True"),
     "pipeline_train": ("step 4: loss", "the next step is that of one process, but for rounding: True"),
     "pipeline_schedule": ("1F1B takes", "no schedule of these stages is faster than"),
