@@ -29,20 +29,18 @@ def chain_rules(signature: OpSignature) -> Iterator[Rule]:
     body = read_body(signature.arguments["body"])
     if not body.rows:
         return
-    carries, shared, streams = [Shard(0)] * body.carries, [Replicate()] * body.shared, [Shard(1)] * body.streams
-    known = len(signature.tensors) - body.inputs
-    emits = [Shard(1)] * len(body.emits)
-    yield Rule((*carries, *shared, *streams, *[Shard(1)] * known), (*carries, *emits), "hocket:chain")
+    carries, shared = [Shard(0)] * body.carries, [Replicate()] * body.shared
+    streams = [Shard(1)] * (len(signature.tensors) - body.carries - body.shared)  # and what is known, behind them
+    yield Rule((*carries, *shared, *streams), (*carries, *[Shard(1)] * len(body.emits)), "hocket:chain")
 
 
 def shorter(signature: OpSignature, steps: int, rows: int) -> OpSignature:
     """The same chain with fewer steps on fewer rows, its other sizes as they are: a body may name them."""
     names = list(signature.arguments)
     args = list(signature.args)
-    forms: dict[str, tuple[int, ...]] = {"init": (rows,), "streams": (steps, rows), "known": (steps, rows)}
+    forms: dict[str, tuple[int, ...]] = {"init": (rows,), "streams": (steps, rows)}
     for name, sizes in forms.items():
-        if name in names:
-            where = names.index(name)
-            args[where] = tuple(TensorSpec((*sizes, *spec.shape[len(sizes) :]), spec.dtype) for spec in args[where])
+        where = names.index(name)
+        args[where] = tuple(TensorSpec((*sizes, *spec.shape[len(sizes) :]), spec.dtype) for spec in args[where])
     args[names.index("count")] = steps
     return OpSignature(signature.target, tuple(args), signature.kwargs, signature.outputs)

@@ -58,11 +58,11 @@ class Segments:
         starts = [self._first_starts(first) for first in init]
         sweep = call(chain_op(), starts, shared, cut, self.length, text, how.to_json())
         carries, emits = len(starts), len(body.emits)
-        for k in range(1, self.parts):
+        for _ in range(1, self.parts):
             ends = [call(operator.getitem, sweep, i) for i in range(carries)]
             known = [call(operator.getitem, sweep, carries + i) for i in range(emits)]
             starts = [self._handed_on(first, end) for first, end in zip(init, ends, strict=True)]
-            sweep = call(resume_op(), starts, shared, cut, known, self.length, text, how.to_json(), k)
+            sweep = call(resume_op(), starts, shared, [*cut, *known], self.length, text, how.to_json())
         return self._results(sweep, body)
 
     def _results(self, sweep: fx.Node, body: BodyGraph) -> dict[int, fx.Node]:

@@ -1,12 +1,12 @@
 """``hocket::resume``: a chain solved again from other starts, where most of what an earlier solve found still holds.
 
-    resume(init, shared, streams, known, count, body, how)  =  chain(init, shared, streams, count, body, how)
+    resume(init, shared, [*streams, *known], count, body, how)  =  chain(init, shared, streams, count, body, how)
 
-``known`` holds what an earlier solve of the same chain gave out, from other starts; it changes the cost and not the meaning. The
-steps are done in order until every row has merged with the known states; the rest is taken from there. This is one sweep of a chain
-that is cut in time (``passes.chain.segments``): the part that sees its start for the first time goes on from it for as long as the
-start is remembered, the others find at once that nothing has changed. No rank waits for another in it, so ranks may take different
-numbers of steps.
+``known``, behind the streams, is what an earlier solve of the same chain gave out, from other starts; it changes the cost and not
+the meaning. The steps are done in order until every row has merged with the known states; the rest is taken from there. This is one
+sweep of a chain that is cut in time (``passes.chain.segments``): the part that sees its start for the first time goes on from it
+for as long as the start is remembered, the others find at once that nothing has changed. No rank waits for another in it, so ranks
+may take different numbers of steps.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ProgramError
+from .body import read_body
 from .how import read_how
 from .op import chain_of, chain_shapes
 from .report import RECENT, ChainReport
 from .solvers import TEST_EVERY, Stop
 from .steps import Chain
 
-SCHEMA = (
-    "resume(Tensor[] init, Tensor[] shared, Tensor[] streams, Tensor[] known, int count, str body, str how, int sweep) -> Tensor[]"
-)
+SCHEMA = "resume(Tensor[] init, Tensor[] shared, Tensor[] streams, int count, str body, str how) -> Tensor[]"
 
 
 @functools.cache
@@ -46,25 +45,26 @@ _KEPT: list[Any] = []
 
 
 def resume(
-    init: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    streams: Sequence[Tensor],
-    known: Sequence[Tensor],
-    count: int,
-    body: str,
-    how: str,
-    sweep: int,
+    init: Sequence[Tensor], shared: Sequence[Tensor], streams: Sequence[Tensor], count: int, body: str, how: str
 ) -> list[Tensor]:
-    """See the module. sweep: how many solves came before, for the report. ProgramError unless the body gives out its states."""
-    chain, decision = chain_of(init, shared, streams, count, body), read_how(how)
-    states = [known[i] for i in _places(chain, known)]
+    """See the module. ProgramError unless the body gives out its states."""
+    own, known = _apart(streams, body)
+    chain, decision = chain_of(init, shared, own, count, body), read_how(how)
+    places = _places(chain, known)
+    states = [known[i] for i in places]
     stop = Stop([decision.tolerance(first.dtype) for first in chain.init])
     stop.measure(states)
     found, merged = _resumed(chain, states, stop)
-    RECENT.append(ChainReport("resume", count, len(found), sweep + 1, stop.residual if merged else 0.0, exact_prefix=len(found)))
+    RECENT.append(ChainReport("resume", count, len(found), 1, stop.residual if merged else 0.0, exact_prefix=len(found)))
     new = [torch.stack(column) for column in zip(*found, strict=True)]
     whole = [torch.cat([n, old[len(found) :]]) for n, old in zip(new, known, strict=True)] if merged else new
-    return [*[whole[i][-1].clone() for i in _places(chain, known)], *whole]
+    return [*[whole[i][-1].clone() for i in places], *whole]
+
+
+def _apart(streams: Sequence[Tensor], body: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The streams, and what is known."""
+    own = read_body(body).streams
+    return streams[:own], streams[own:]
 
 
 def _resumed(chain: Chain, states: Sequence[Tensor], stop: Stop) -> tuple[list[list[Tensor]], bool]:
@@ -97,16 +97,9 @@ def _places(chain: Chain, known: Sequence[Tensor]) -> list[int]:
 
 
 def _shapes(
-    init: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    streams: Sequence[Tensor],
-    known: Sequence[Tensor],
-    count: int,
-    body: str,
-    how: str,
-    sweep: int,
+    init: Sequence[Tensor], shared: Sequence[Tensor], streams: Sequence[Tensor], count: int, body: str, how: str
 ) -> list[Tensor]:
     """Fake kernel."""
-    del sweep
-    _places(chain_of(init, shared, streams, count, body), known)
-    return chain_shapes(init, shared, streams, count, body, how)
+    own, known = _apart(streams, body)
+    _places(chain_of(init, shared, own, count, body), known)
+    return chain_shapes(init, shared, own, count, body, how)

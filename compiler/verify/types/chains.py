@@ -41,20 +41,14 @@ def chain(
 
 
 def resume(
-    op: Op,
-    init: Sequence[Type],
-    shared: Sequence[Type],
-    streams: Sequence[Type],
-    known: Sequence[Type],
-    count: int,
-    body: str,
-    *_: Any,
+    op: Op, init: Sequence[Type], shared: Sequence[Type], streams: Sequence[Type], count: int, body: str, *_: Any
 ) -> tuple[Type, ...]:
-    """A chain; what is known of it must lie as what it gives out."""
-    found = chain(op, init, shared, streams, count, body)
-    for given, made in zip(known, found[len(init) :], strict=True):
+    """A chain; what is known of it, behind its streams, must lie as what it gives out."""
+    own = read_body(body).streams
+    found = chain(op, init, shared, streams[:own], count, body)
+    for given, made in zip(streams[own:], found[len(init) :], strict=True):
         if given.dims != made.dims or given.partial != made.partial:
-            raise IllTyped(f"a chain that gives out {op.axes.describe(made)} is resumed from {op.axes.describe(given)}", 3)
+            raise IllTyped(f"a chain that gives out {op.axes.describe(made)} is resumed from {op.axes.describe(given)}", 2)
     return found
 
 
@@ -87,6 +81,7 @@ def _graph(node: fx.Node, text: str) -> BodyGraph:
     mode = FakeTensorMode()
     with mode:
         init, shared, streams = [[n.meta["val"] for n in cast(list[fx.Node], group)] for group in node.args[:3]]
+        streams = streams[: read_body(text).streams]
         forms = [*[(v.shape, v.dtype) for v in (*init, *shared)], *[(v.shape[1:], v.dtype) for v in streams]]
         examples = [torch.empty(shape, dtype=dtype) for shape, dtype in forms]
     return body_graph(read_body(text), examples, mode)

@@ -38,12 +38,9 @@ def chain(alg: Algebra, init: Values, shared: Values, streams: Values, count: in
     return [*last, *[_apply(alg, aten.stack.default, list(column)) for column in emitted]]
 
 
-def resume(
-    alg: Algebra, init: Values, shared: Values, streams: Values, known: Values, count: int, body: str, how: str, sweep: int
-) -> list[Value]:
-    """``hocket::resume``: the same loop; what is known of it changes only what it costs."""
-    del known, sweep
-    return chain(alg, init, shared, streams, count, body, how)
+def resume(alg: Algebra, init: Values, shared: Values, streams: Values, count: int, body: str, how: str) -> list[Value]:
+    """``hocket::resume``: the same loop; what is known of it, behind its streams, changes only what it costs."""
+    return chain(alg, init, shared, streams[: read_body(body).streams], count, body, how)
 
 
 def _loop(step: _Step, init: Values, slices: list[list[Value]]) -> list[list[Value]]:
