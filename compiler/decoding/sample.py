@@ -30,7 +30,7 @@ from .window import best_size, clock
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 WINDOWS = (64, 128, 32, 256, 16, 512, 8)
-KEPT_RATES = 8
+KEPT_RATES, KEPT_NETS = 8, 4
 
 
 @dataclass
@@ -88,13 +88,14 @@ class DenseNet:
 @dataclass
 class _Known:
     """What was found out about a network: its units or image rows, or why there are none; places settled per second by window and
-    rows."""
+    rows; networks that are prepared for so many rows and idle."""
 
     versions: tuple[int, ...]
     order: Tensor
     parts: Units | Regions | None
     reason: str
     rates: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    nets: dict[int, SlicedNet] = field(default_factory=dict)
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
@@ -139,7 +140,10 @@ def sample(
     report.seconds = time.perf_counter() - start
     known.rates.setdefault((size, rows), []).append(positions / max(clock() - begin, 1e-9))
     del known.rates[size, rows][:-KEPT_RATES]
-    return Sampled(net.inputs[:, places.argsort()], report)
+    x = net.inputs[:, places.argsort()]
+    if isinstance(net, SlicedNet) and len(known.nets) < KEPT_NETS:
+        known.nets[rows] = net
+    return Sampled(x, report)
 
 
 def _solve(
@@ -231,7 +235,9 @@ def _regions(program: Program, tensors: dict[str, Tensor], places: Tensor, first
 def _net(known: _Known, cond: nn.Module, rows: int, dtype: torch.dtype) -> SlicedNet | RegionNet | DenseNet:
     match known.parts:
         case Units():
-            return SlicedNet(known.parts, rows, dtype)
+            net = known.nets.pop(rows, None) or SlicedNet(known.parts, rows, dtype)
+            net.restart()
+            return net
         case Regions():
             return RegionNet(known.parts, rows, dtype)
     return DenseNet(cond, known.order[0], rows, dtype)

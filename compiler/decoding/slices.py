@@ -7,8 +7,10 @@ What settled units contribute to an affine map is added up once per window, so a
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,19 @@ from .units import Affine, Bank, Columns, Cut, Pointwise, Units
 BAND, BAND_ROWS = 128, 8
 """Units of a bank multiplied at once: later units read more columns, so a band of them skips the zeros of the bands before. With
 fewer rows in the batch, a product costs too little for that to pay."""
+
+MOST_PLANS = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A window, prepared once: views and memory. first: what is computed when it begins; sweep: what each sweep computes; read:
+    gathers the parameters; settled: of every bank, the units that are settled once it has begun."""
+
+    first: tuple[Callable[[], object], ...]
+    sweep: tuple[Callable[[], object], ...]
+    read: Callable[[], Tensor]
+    settled: tuple[int, ...]
 
 
 class SlicedNet:
@@ -31,69 +46,81 @@ class SlicedNet:
     def __init__(self, units: Units, rows: int, dtype: torch.dtype) -> None:
         self._units = units
         self._values = [torch.zeros(rows, len(bank.degrees), dtype=dtype) for bank in units.banks]
-        self._settled = [0] * len(units.banks)
-        self._slices: tuple[tuple[int, int], ...] = ()
-        self._sweep: list[Callable[[], object]] = []
-        self._read: Callable[[], Tensor] = self._values[0].clone
+        self._plans: dict[tuple[int, int, tuple[int, ...]], Plan] = {}
+        self._settled = (0,) * len(units.banks)
+        self._plan = Plan((), (), self._values[0].clone, self._settled)
 
     @property
     def inputs(self) -> Tensor:
         """The values of the places, in order of generation."""
         return self._values[0]
 
+    def restart(self) -> None:
+        """Forget all values; what was prepared for windows stays."""
+        self.inputs.zero_()
+        self._settled = (0,) * len(self._settled)
+
     def begin(self, start: int, end: int) -> None:
         """Move to the window of places ``[start, end)``; all places before it are settled."""
-        cut = self._units.cut(start, end)
-        self._slices = cut.slices
-        self._sweep = []
-        for index, bank in enumerate(self._units.banks[1:], 1):
-            low, high = self._slices[index]
-            if low > self._settled[index]:
-                self._settling(index, bank, (self._settled[index], low))
-                self._settled[index] = low
-            if low < high:
-                self._sweep += self._changing(index, bank, (low, high))
-        self._read = self._reader(cut, end - start)
+        key = (start, end, self._settled)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = self._prepared(start, end)
+        for compute in plan.first:
+            compute()
+        self._settled, self._plan = plan.settled, plan
 
     def parameters(self) -> Tensor:
         """The parameters of the window's places, from the present values of its columns."""
-        for compute in self._sweep:
+        for compute in self._plan.sweep:
             compute()
-        return self._read()
+        return self._plan.read()
 
     def settle(self, place: int) -> None:
         """The places before ``place`` keep the values from which the last parameters were computed."""
-        self._settled = [max(bank.below(place), known) for bank, known in zip(self._units.banks, self._settled, strict=True)]
+        self._settled = tuple(max(bank.below(place), n) for bank, n in zip(self._units.banks, self._settled, strict=True))
 
-    def _settling(self, index: int, bank: Bank, part: tuple[int, int]) -> None:
-        """Compute units whose sources are all settled."""
-        low, high = part
-        out = self._values[index][:, low:high]
-        if isinstance(bank.rule, Pointwise):
-            self._pointwise(bank.rule, out, low, high)()
-            return
-        assert isinstance(bank.rule, Affine)
-        out.copy_(self._from_settled(bank.rule, low, high))
+    def _prepared(self, start: int, end: int) -> Plan:
+        cut = self._units.cut(start, end)
+        first: list[Callable[[], object]] = []
+        sweep: list[Callable[[], object]] = []
+        settled = list(self._settled)
+        for index, bank in enumerate(self._units.banks[1:], 1):
+            low, high = cut.slices[index]
+            if low > settled[index]:
+                out = self._values[index][:, settled[index] : low]
+                if isinstance(bank.rule, Pointwise):
+                    first.append(self._pointwise(bank.rule, out, settled[index], low))
+                else:
+                    first += self._from_settled(bank.rule, out, (settled[index], low), cut.slices)
+                settled[index] = low
+            if low < high and isinstance(bank.rule, Pointwise):
+                sweep.append(self._pointwise(bank.rule, self._values[index][:, low:high], low, high))
+            elif low < high:
+                base = self.inputs.new_empty(self.inputs.shape[0], high - low)
+                first += self._from_settled(bank.rule, base, (low, high), cut.slices)
+                sweep += self._changing(index, bank, cut.slices, base)
+        return Plan(tuple(first), tuple(sweep), self._reader(cut, end - start), tuple(settled))
 
-    def _changing(self, index: int, bank: Bank, part: tuple[int, int]) -> list[Callable[[], object]]:
-        """What computes some units of a bank: views are made here, once a window, not in every sweep."""
-        low, high = part
-        if isinstance(bank.rule, Pointwise):
-            return [self._pointwise(bank.rule, self._values[index][:, low:high], low, high)]
-        assert isinstance(bank.rule, Affine)
-        base = self._from_settled(bank.rule, low, high)
+    def _changing(self, index: int, bank: Bank, slices: tuple[tuple[int, int], ...], base: Tensor) -> list[Callable[[], object]]:
+        """What computes the units of an affine bank that the window changes. base: what settled units contribute."""
+        low, high = slices[index]
         bands = -(-(high - low) // BAND) if self.inputs.shape[0] >= BAND_ROWS else 1
         edges = [low + (high - low) * k // bands for k in range(bands + 1)]
-        return [self._band(index, bank, (a, b), base[:, a - low : b - low]) for a, b in itertools.pairwise(edges)]
+        return [self._band(index, bank, slices, (a, b, base[:, a - low : b - low])) for a, b in itertools.pairwise(edges)]
 
-    def _band(self, index: int, bank: Bank, part: tuple[int, int], base: Tensor) -> Callable[[], object]:
+    def _band(
+        self, index: int, bank: Bank, slices: tuple[tuple[int, int], ...], part: tuple[int, int, Tensor]
+    ) -> Callable[[], object]:
         """What computes neighbouring units of an affine bank: they read the changing units up to the last degree among them."""
         assert isinstance(bank.rule, Affine)
-        low, high = part
+        low, high, base = part
         out, degree = self._values[index][:, low:high], int(bank.degrees[high - 1])
         blocks = []
         for source, weight in bank.rule.sources:
-            first, last = self._slices[source]
+            first, last = slices[source]
             last = min(last, self._units.banks[source].below(degree + 1))
             if first < last:
                 blocks.append((self._values[source][:, first:last], weight[low:high, first:last].t()))
@@ -109,15 +136,22 @@ class SlicedNet:
 
         return compute
 
-    def _from_settled(self, rule: Affine, low: int, high: int) -> Tensor:
-        """bias + weight @ source over the settled units of each source."""
-        count = self.inputs.shape[0]
-        total = self.inputs.new_zeros(count, high - low) if rule.bias is None else rule.bias[low:high].expand(count, -1)
-        for source, weight in rule.sources:
-            settled = self._slices[source][0]
-            if settled:
-                total = torch.addmm(total, self._values[source][:, :settled], weight[low:high, :settled].t())
-        return total
+    def _from_settled(
+        self, rule: Affine | Pointwise | None, out: Tensor, part: tuple[int, int], slices: tuple[tuple[int, int], ...]
+    ) -> list[Callable[[], object]]:
+        """What writes bias + weight @ source over the settled units of each source; at once where there are none."""
+        assert isinstance(rule, Affine)
+        low, high = part
+        bias = self.inputs.new_zeros(1, high - low) if rule.bias is None else rule.bias[None, low:high]
+        blocks = [
+            (self._values[source][:, : slices[source][0]], weight[low:high, : slices[source][0]].t())
+            for source, weight in rule.sources
+            if slices[source][0]
+        ]
+        if not blocks:
+            return [lambda: out.copy_(bias)]
+        steps: list[Callable[[], object]] = [functools.partial(torch.addmm, bias, *blocks[0], out=out)]
+        return steps + [functools.partial(torch.addmm, out, *block, out=out) for block in blocks[1:]]
 
     def _pointwise(self, rule: Pointwise, out: Tensor, low: int, high: int) -> Callable[[], object]:
         if any(isinstance(operand, Columns) and operand.first is None for operand in rule.operands):

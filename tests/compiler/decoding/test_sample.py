@@ -142,16 +142,13 @@ def test_other_networks_are_evaluated_whole_and_the_report_says_why() -> None:
 def test_a_window_computes_a_part_of_the_network() -> None:
     """Counted by multiplications: slicing is what makes small windows worth their while."""
     from hocket.compiler.capture import capture
-    from hocket.compiler.decoding import slices
     from hocket.compiler.decoding.units import find_units
 
     cond = Made(64, (64,), 1, seed=3).eval()
     program = capture(cond, (torch.zeros(2, 64),), train=False)
     tensors = {**dict(cond.named_parameters()), **dict(cond.named_buffers())}
-    net = slices.SlicedNet(find_units(program, tensors, torch.arange(64)), 1, torch.float32)
     whole = 2 * 64 * 64
-    net.begin(32, 40)
-    sizes = [high - low for low, high in net._slices]
+    sizes = [high - low for low, high in find_units(program, tensors, torch.arange(64)).cut(32, 40).slices]
     assert sizes[0] * sizes[1] + sizes[1] * sizes[2] < whole / 20
 
 
@@ -175,6 +172,14 @@ def test_what_can_not_be_sampled_is_refused_with_the_reason(change: dict[str, An
     call = {"cond": Made(4, (6,), 1, 0).eval(), "draw": bernoulli, "noise": torch.randn(2, 4), **change}
     with pytest.raises(InputError, match=message):
         hocket.sample(**call)
+
+
+def test_what_was_prepared_for_a_window_serves_the_next_call() -> None:
+    cond = Made(24, (16, 16), 1, seed=1).eval()
+    for seed in range(4):
+        noise = torch.randn(9, 24, generator=torch.Generator().manual_seed(seed))
+        found = hocket.sample(cond, bernoulli, noise, window=5).x
+        assert torch.equal(found, place_by_place(cond, bernoulli, noise, [[p] for p in range(24)]))
 
 
 def test_a_network_evaluated_whole_that_looks_ahead_is_refused() -> None:
