@@ -51,14 +51,16 @@ class TileCosts:
 
     begin: once a loop; turn: each tile, for its views, its signal and the wait for it; repack: a byte of what a product reads
     whole, for every tile anew (weights are packed for each product); collective: one through shared memory, whatever its size;
-    measured: whether ``hocket calibrate`` has found them here. The defaults are rounded from calibrations of two-core virtual
-    machines, and are used, and named in the decisions, until there is one of this machine.
+    doubt: by how much predictions are off either way, so that a loop must gain more than twice of it; measured: whether
+    ``hocket calibrate`` has found them here. The defaults are rounded from calibrations of two-core virtual machines, and are used,
+    and named in the decisions, until there is one of this machine.
     """
 
     begin: float = 1.0e-4
     turn: float = 5.0e-5
     repack: float = 4.0e-11
     collective: float = 6.0e-5
+    doubt: float = 5.0e-5
     measured: bool = False
 
     def __post_init__(self) -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import operator
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.fx as fx
@@ -28,8 +29,9 @@ from ..tiles import Call, Cut, Read, Result, TileLoop, tile_loop_op
 from .cluster import TileCosts
 from .fit import fit_line, median_seconds
 
-TimeLoops = Callable[[], Mapping[int, float]]
-"""Tiles per chunk -> seconds of a loop of tiny products, less those of the same product and all-reduce one after the other."""
+TimeLoops = Callable[[], Mapping[int, Sequence[float]]]
+"""Tiles per chunk -> seconds of a loop of tiny products, less those of the same product and all-reduce one after the other: as many
+measurements as there were."""
 
 TILES = (1, 8)
 SENT = 4 * 32 * 16
@@ -43,13 +45,17 @@ _HEIGHTS, _WHOLE = (32, 64, 128, 256, 512), (512, 1024)
 def fit_tiles(time_loops: TimeLoops, ranks: int, collective: float, budget: float) -> TileCosts:
     """Measure for about ``budget`` seconds. ranks: how many the loops run on; collective: seconds that the cost model gives to the
     all-reduce. InputError where ``time_loops`` has not timed loops of one and of eight tiles."""
-    times = time_loops()
+    times = {tiles: sorted(found) for tiles, found in time_loops().items()}
     few, many = TILES
-    if set(times) != set(TILES):
-        raise InputError(f"expected times of loops of {few} and {many} tiles, found {dict(times)}")
-    turn = max(0.0, times[many] - times[few]) / ranks / (many - few)
-    begin = max(0.0, times[few] + collective - ranks * few * turn)
-    return TileCosts(begin=begin, turn=turn, repack=repack_seconds(budget), measured=True)
+    if set(times) != set(TILES) or not all(times.values()):
+        raise InputError(f"expected times of loops of {few} and {many} tiles, found {times}")
+    middle = {tiles: statistics.median(found) for tiles, found in times.items()}
+    turn = max(0.0, middle[many] - middle[few]) / ranks / (many - few)
+    begin = max(0.0, middle[few] + collective - ranks * few * turn)
+    quarter = len(times[few]) // 4
+    spread = (times[few][-1 - quarter] - times[few][quarter]) / 2
+    doubt = max(TileCosts().doubt, spread)
+    return TileCosts(begin=begin, turn=turn, repack=repack_seconds(budget), doubt=doubt, measured=True)
 
 
 def repack_seconds(budget: float) -> float:
@@ -68,7 +74,7 @@ class LoopTimer:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def __call__(self) -> dict[int, float]:
+    def __call__(self) -> dict[int, list[float]]:
         """Seconds by the number of tiles."""
         parts = self._engine.mesh.size
         inputs = [torch.ones(_CHUNK * parts, _WIDTH), torch.zeros(_WIDTH, _WIDTH), torch.zeros(_OTHER, _OTHER)]
@@ -80,9 +86,8 @@ class LoopTimer:
                 ticket, _results = self._engine.forward(handle, inputs)
                 times[tiles].append(time.perf_counter() - start)
                 self._engine.release(ticket)
-        # whoever is interrupted makes the others wait: the slow ones are mostly noise
-        quiet = {tiles: sorted(found)[_REPEATS // 4] for tiles, found in times.items()}
-        return {tiles: (quiet[tiles] - quiet[0]) / _COUNT for tiles in TILES}
+        pairs = {tiles: zip(times[tiles], times[0], strict=True) for tiles in TILES}
+        return {tiles: [(loop - apart) / _COUNT for loop, apart in found] for tiles, found in pairs.items()}
 
 
 def repeated_loop(tiles: int, count: int, engine: Engine) -> Program:

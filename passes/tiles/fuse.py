@@ -72,8 +72,9 @@ class Chosen:
 class FuseTiles:
     """Replace regions around collectives by tile loops wherever that is predicted to be quicker.
 
-    tiles: per chunk, 0 to choose; least_gain: predicted part of a region's time that a loop must save, negative to fuse whatever
-    can be fused; joined: whether one loop may hold the collectives on both sides. What things cost is the cluster's to say.
+    tiles: per chunk, 0 to choose; least_gain: predicted part of a region's time that a loop must save, besides twice what such
+    predictions are off (``TileCosts.doubt``), negative to fuse whatever can be fused; joined: whether one loop may hold the
+    collectives on both sides. What things cost is the cluster's to say.
     """
 
     name: ClassVar[str] = "tiles"
@@ -204,10 +205,13 @@ class _Search:
             return built
         predicted = predict(region, built.loop, self.context.cluster, self.options.tiles, self.exposed)
         loop = built.loop = predicted.loop
-        if predicted.gain <= self.options.least_gain * predicted.apart:
+        needed = self.options.least_gain * predicted.apart
+        if needed >= 0:
+            needed = max(needed, 2 * self.context.cluster.tiles.doubt)
+        if predicted.gain <= needed:
             return (
                 f"predicted {predicted.apart * 1e6:.0f} us apart and {predicted.fused * 1e6:.0f} us as a loop: "
-                f"less than {self.options.least_gain:.0%} to gain ({_hidden(predicted)}{self.context.cluster.tiles.origin})"
+                f"less than {needed * 1e6:.0f} us to gain ({_hidden(predicted)}{self.context.cluster.tiles.origin})"
             )
         check_schedule([loop] * 3)
         decision = self._applied(region, loop, predicted)

@@ -144,7 +144,7 @@ def test_golden_a_loop_as_data() -> None:
         "<built-in function getitem>",
     ]
     assert after.decisions[0].reason.startswith(
-        "reduce_scatter_tensor_default and 1 product in one loop of 2 x 2 tiles, 2 calls each"
+        "reduce_scatter_tensor_default and 1 product in one loop of 2 x 2 tiles, own chunk first, 2 calls each"
     )
 
 

@@ -140,13 +140,15 @@ def test_costs_of_tile_loops_survive_saving_and_old_files_keep_the_defaults(tmp_
 
 def test_costs_of_tile_loops_are_a_line_through_few_and_many_tiles():
     """Three ranks: what a loop of n tiles takes longer than the collective of 2e-4 s."""
-    found = fit_tiles(lambda: {n: 5e-4 + 3 * n * 3e-5 - 2e-4 for n in (1, 8)}, 3, 2e-4, budget=0.01)
+    found = fit_tiles(lambda: {n: [5e-4 + 3 * n * 3e-5 - 2e-4] * 4 for n in (1, 8)}, 3, 2e-4, budget=0.01)
     assert found.begin == pytest.approx(5e-4)
     assert found.turn == pytest.approx(3e-5)
     assert found.repack >= 0
     assert found.measured
     with pytest.raises(InputError, match="1 and 8 tiles"):
-        fit_tiles(lambda: {1: 0.0}, 2, 1e-4, budget=0.01)
+        fit_tiles(lambda: {1: [0.0]}, 2, 1e-4, budget=0.01)
+    wide = fit_tiles(lambda: {1: [0.0, 1e-3, 2e-3, 3e-3], 8: [1e-3]}, 2, 1e-4, budget=0.01)
+    assert wide.doubt > found.doubt == TileCosts().doubt
 
 
 def test_loops_are_timed_on_an_engine():
