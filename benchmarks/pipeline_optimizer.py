@@ -76,11 +76,21 @@ def _sum_rows() -> list[Row]:
         cut = step.compiled.pipeline
     parameters = sum(1 for _ in model.parameters())
     made, naive = _collectives(cut), count * parameters
-    goal = f"<= {len(cut.stages)}, one for each stage"
-    text = f"{made} collectives for {parameters} gradients and {count} micro-batches; one each would be {naive}"
+    goal = f"<= {parameters}, one for each parameter"
+    text = f"{made} collectives for {parameters} gradients and {count} micro-batches; for every micro-batch they would be {naive}"
     case = f"pp=2,dp=2, m = {count}: sums of gradients in a step"
     return [
-        Row("replicas of stages", case, float(made), "", {"one each": float(naive)}, None, goal, made <= len(cut.stages), text=text)
+        Row(
+            "replicas of stages",
+            case,
+            float(made),
+            "",
+            {"every micro-batch": float(naive)},
+            None,
+            goal,
+            made <= parameters,
+            text=text,
+        )
     ]
 
 
