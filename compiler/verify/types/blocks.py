@@ -1,12 +1,13 @@
-"""Type rules of ops that move whole blocks of a value: gates of halves, pixels and channels, rows that are added by index."""
+"""Type rules of ops that move or join whole blocks of a value: gates of halves, pixels and channels, rows that are added by index,
+bags of rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .contractions import add_sums
-from .pointwise import check_disjoint, combine, linear, op_name, refuse_partial
-from .problem import IllTyped, Op
+from .pointwise import check_disjoint, combine, linear, op_name, product, refuse_partial
+from .problem import IllTyped, Op, Untypable
 from .reductions import whole_along
 from .value import Dim, Type
 
@@ -72,3 +73,60 @@ def index_add(op: Op, value: Type, dim: int, indices: Type, source: Type, *_: An
     merged = combine(op, [value.with_dims(()), Type((), tuple(partial), source.zero)], (0, 3))
     check_disjoint(op, value.dims, merged.partial)
     return Type(value.dims, merged.partial)
+
+
+def scatter_reduce(op: Op, value: Type, dim: int, indices: Type, source: Type, *rest: Any) -> Type:
+    """x with the sources at an index joined by a reduction, along a dimension that is whole on both sides."""
+    reduce, include_self = (*rest, True)[:2]
+    operands = [value, None, indices, source]
+    if reduce != "sum" or not include_self:
+        refuse_partial(op, operands, "non-linear op")
+    refuse_partial(op, [None, None, indices], "look-up by the values of a sum in")
+    position = dim % max(value.rank, 1)
+    for one in (value, indices, source):
+        whole_along(op, one, {position})
+    for one in (indices, source):
+        for i, (mine, theirs) in enumerate(zip(value.dims, one.dims, strict=True)):
+            if i != position and mine != theirs and (mine.cuts or theirs.cuts):
+                raise IllTyped(f"{op_name(op)} joins {op.axes.describe(one)} into {op.axes.describe(value)}", 0)
+    merged = combine(op, [value.with_dims(()), source.with_dims(())], (0, 3))
+    check_disjoint(op, value.dims, merged.partial)
+    return Type(value.dims, merged.partial)
+
+
+def embedding_bag(op: Op, weight: Type, indices: Type, offsets: Type, *rest: Any) -> tuple[Type, ...]:
+    """Sums or means of rows of [V, D], a bag each: [bags, D]. Every rank must hold all rows and all bags; D may be cut."""
+    _scale, mode, _sparse, weights = (*rest, *[None] * 4)[:4]
+    if mode == 2:
+        raise Untypable(f"no type rule for the maxima of {op_name(op)} on pieces")
+    if not all(one.is_whole for one in (indices, offsets, weights) if isinstance(one, Type)):
+        raise Untypable(f"{op_name(op)} whose bags are cut: a bag may begin on one rank and end on the next")
+    whole_along(op, weight, {0})
+    out, *described = op.node.meta["val"]
+    first = Type((Dim(int(out.shape[0])), weight.dims[1]), linear(op, weight).partial)
+    others = tuple([op.axes.whole(one.shape) for one in described])
+    return (first, *others)
+
+
+def embedding_bag_backward(op: Op, gradient: Type, *rest: Any) -> Type:
+    """The gradient of every row: linear in that of the bags, which are whole."""
+    indices, offsets, *_, rows, _scale, mode, _sparse, weights, _padding = (*rest, *[None] * (11 - len(rest)))
+    if mode == 2 or not all(one.is_whole for one in (indices, offsets, weights) if isinstance(one, Type)):
+        raise Untypable(f"{op_name(op)} of bags that are cut, or of maxima")
+    whole_along(op, gradient, {0})
+    return Type((Dim(int(rows)), gradient.dims[1]), linear(op, gradient).partial)
+
+
+def trilinear(op: Op, first: Type, second: Type, third: Type, *rest: Any) -> Type:
+    """The product of three, each with dimensions of size 1 put in, summed: a summed dimension that is cut leaves a partial sum."""
+    *expanded, summed = rest[:4]
+    operands = []
+    for value, places in zip((first, second, third), expanded, strict=True):
+        dims = list(value.dims)
+        for place in sorted(places):
+            dims.insert(place, Dim(1))
+        operands.append(value.with_dims(tuple(dims)))
+    made = product(op, operands)
+    partial = list(made.partial)
+    add_sums(op, partial, [made.dims[place] for place in summed])
+    return Type(tuple(dim for place, dim in enumerate(made.dims) if place not in summed), tuple(partial), made.zero)

@@ -118,7 +118,10 @@ def _check_even(op: Op, value: Type, axis: int, kind: str) -> None:
         if not op.axes.is_even(dim) and any(cut.axis == axis for cut in dim.cuts):
             length = op.axes.length(dim)
             if not isinstance(length, int) and length.shape[axis] == 1:
-                raise Untypable("nested uneven chunks")
+                raise Untypable(
+                    f"{kind} of pieces that several axes cut into chunks of different lengths, one within the other (dimension "
+                    f"{position}, {op.axes.describe(value)}): they are equal in some groups only"
+                )
             raise IllTyped(
                 f"{kind} of pieces of different lengths (dimension {position}, {op.axes.describe(value)}): pad them first", 0
             )

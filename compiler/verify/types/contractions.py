@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .pointwise import check_disjoint, combine, op_name, product, refuse_partial
+from .pointwise import check_disjoint, combine, op_name, product
 from .problem import IllTyped, Op, Untypable
 from .value import Dim, Type
 
@@ -167,36 +167,3 @@ def convolution_backward(op: Op, gradient: Type, value: Type, weight: Type, bias
     if bias_sizes is not None:
         op.new_args[3] = [gradient.dims[1].size]
     return tuple(results)
-
-
-def pooling(op: Op, value: Type, *rest: Any) -> Any:
-    """Pooling and other windows over the trailing dimensions, which must be whole; leading dimensions pass through."""
-    refuse_partial(op, [value], "non-linear op")
-    return _windows(op, value)
-
-
-def linear_window(op: Op, value: Type, *rest: Any) -> Any:
-    """The same for linear windows (average pooling)."""
-    return _windows(op, value)
-
-
-def _windows(op: Op, value: Type) -> Any:
-    made = op.node.meta["val"]
-    outputs = made if isinstance(made, (tuple, list)) else [made]
-    _refuse_spatial(op, value.with_dims(value.dims[-4:]) if value.rank > 4 else value)
-    results = []
-    for output in outputs:
-        moved = sum(1 for a, b in zip(value.dims, output.shape, strict=True) if op.axes.first_rank(op.axes.length(a)) != b)
-        kept = value.rank - max(moved, value.rank - 2)
-        results.append(value.with_dims((*value.dims[:kept], *(Dim(int(n)) for n in output.shape[kept:]))))
-    return tuple(results) if isinstance(made, (tuple, list)) else results[0]
-
-
-def pooling_backward(op: Op, gradient: Type, value: Type, *rest: Any) -> Type:
-    """Gradient of a window op: linear in the gradient, sized like the input."""
-    _refuse_spatial(op, gradient, value)
-    refuse_partial(op, [None, value, *rest], "non-linear op")
-    if gradient.dims[:2] != value.dims[:2]:
-        raise IllTyped(f"the gradient is {op.axes.describe(gradient)} and the input {op.axes.describe(value)}", 0, 1)
-    check_disjoint(op, value.dims, gradient.partial)
-    return Type(value.dims, gradient.partial)
