@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import blocks, chains, collectives, contractions, creation, indexing, pointwise, ranges, reductions, views
+from . import blocks, chains, collectives, contractions, creation, indexing, pointwise, ranges, reductions, views, windows
 from .integers import is_integer_function
 
 Rule = Callable[..., Any]
@@ -88,12 +88,23 @@ PRODUCTS: Mapping[Any, Rule] = {
     **_ops("linear", contractions.linear),
     **_ops("convolution", contractions.convolution),
     **_ops("convolution_backward", contractions.convolution_backward),
-    **_ops("max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d", contractions.pooling),
-    **_ops("avg_pool2d avg_pool3d avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d", contractions.linear_window),
+}
+
+_PADDED = " ".join(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3))
+_NEAREST = " ".join(f"{kind}{n}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3))
+_INTERPOLATED = "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"
+
+WINDOWS: Mapping[Any, Rule] = {
+    **_ops("max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d", windows.pooling),
+    **_ops("avg_pool2d avg_pool3d avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d", windows.linear_window),
+    **_ops(f"{_PADDED} {_NEAREST}", windows.moving_window),
+    **_ops(_INTERPOLATED, windows.linear_window),
     **_ops(
         "max_pool2d_with_indices_backward avg_pool2d_backward _adaptive_avg_pool2d_backward avg_pool3d_backward",
-        contractions.pooling_backward,
+        windows.pooling_backward,
     ),
+    **_ops(" ".join(f"{name}_backward" for name in _PADDED.split()), windows.pooling_backward),
+    **_ops(" ".join(f"{name}_backward" for name in f"{_NEAREST} {_INTERPOLATED}".split()), windows.interpolation_backward),
 }
 
 REDUCTIONS: Mapping[Any, Rule] = {
@@ -132,6 +143,10 @@ LOOKUPS: Mapping[Any, Rule] = {
     **_ops("scatter", indexing.scatter),
     **_ops("scatter_add", indexing.scatter_add),
     **_ops("index_add", blocks.index_add),
+    **_ops("scatter_reduce", blocks.scatter_reduce),
+    **_ops("_embedding_bag _embedding_bag_forward_only", blocks.embedding_bag),
+    **_ops("_embedding_bag_backward", blocks.embedding_bag_backward),
+    **_ops("_trilinear", blocks.trilinear),
     **_ops("glu", blocks.glu),
     **_ops("glu_backward", blocks.glu_backward),
     **_ops("pixel_shuffle", blocks.pixel_shuffle),
@@ -184,6 +199,7 @@ RULES: Mapping[Any, Rule] = {
     **POINTWISE,
     **VIEWS,
     **PRODUCTS,
+    **WINDOWS,
     **REDUCTIONS,
     **LOOKUPS,
     **CREATION,
