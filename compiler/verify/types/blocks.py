@@ -103,9 +103,9 @@ def embedding_bag(op: Op, weight: Type, indices: Type, offsets: Type, *rest: Any
         raise Untypable(f"{op_name(op)} whose bags are cut: a bag may begin on one rank and end on the next")
     whole_along(op, weight, {0})
     out, *described = op.node.meta["val"]
-    first = Type((Dim(int(out.shape[0])), weight.dims[1]), linear(op, weight).partial)
-    others = tuple([op.axes.whole(one.shape) for one in described])
-    return (first, *others)
+    found = [Type((Dim(int(out.shape[0])), weight.dims[1]), linear(op, weight).partial)]
+    found += [op.axes.whole(one.shape) for one in described]
+    return tuple(found)
 
 
 def embedding_bag_backward(op: Op, gradient: Type, *rest: Any) -> Type:
