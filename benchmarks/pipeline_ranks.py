@@ -294,6 +294,6 @@ def deeper(costs: PipelineCosts) -> dict[str, tuple[float, float]]:
                 "1f1b": (2 * p - 1) * (f + i) + w if m == p else m * (f + i + w) + (p - 1) * f,
             }[name]
             found[f"{p} stages, {name}, m = {m}"] = (base / split, (m + p - 1) * (f + i + w) / least)
-        better = synthesise(Problem(deep, tuple(range(p)), m), Effort(1.0)).seconds  # 2BP's order is not the best one there
-        found[f"{p} stages, hocket's schedule for 1f1b, m = {m}"] = (base / better, (m + p - 1) * (f + i + w) / least)
+        better = synthesise(Problem(deep, tuple(range(p)), m), Effort(1.0))  # 2BP's order is not the best one there
+        found[f"{p} stages, hocket's schedule for 1f1b, m = {m}"] = (base / better.seconds, base / better.bound)
     return found
