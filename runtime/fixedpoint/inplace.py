@@ -130,7 +130,6 @@ class _Planner:
         self.loaded, self.following = loaded, following
         self.values = loaded.new_frame()
         self.values[: len(inputs)] = inputs
-        self.inputs = len(inputs)
         self.plan = Plan(loaded.new_frame())
         self.root = {i: i for i in range(len(inputs))}  # slot -> slot whose memory it is a view of
         self.buffer: dict[int, int] = {}  # root slot -> number of the buffer that holds it
@@ -152,7 +151,7 @@ class _Planner:
                 self.rows.append((step.call, step.inputs, _UNPLACED, -1, step.spread))
                 continue
             self.values[step.output] = result
-            if write is not None and self._may_write(result):
+            if write is not None and isinstance(result, Tensor) and result.layout == torch.strided:
                 number = self._place(index, ins.op, step.inputs, step.output, result)
                 self.rows.append((write, step.inputs, number, step.output, ()))
             else:
@@ -164,12 +163,9 @@ class _Planner:
     def _last_reads(self) -> dict[int, int]:
         """Slot -> the last call that reads it, or a view of it; the end for what becomes a carry."""
         last: dict[int, int] = dict.fromkeys(self.following, len(self.loaded.steps))
-        sources: dict[int, tuple[int, ...]] = {}
         for index, step in enumerate(self.loaded.steps):
             for position in step.inputs:
                 last[position] = max(index, last.get(position, index))
-            for slot in (step.output, *step.spread):
-                sources[slot] = step.inputs
         for index in reversed(range(len(self.loaded.steps))):  # what a view reads lives as long as the view: any result may be one
             step = self.loaded.steps[index]
             if step.output < 0 or writer(self.loaded.program.instructions[index].op) is None:
@@ -177,9 +173,6 @@ class _Planner:
                 for position in step.inputs:
                     last[position] = max(last[position], ends)
         return last
-
-    def _may_write(self, result: Any) -> bool:
-        return isinstance(result, Tensor) and result.layout == torch.strided
 
     def _place(self, index: int, op: str, inputs: tuple[int, ...], output: int, result: Tensor) -> int:
         """The buffer of a result: that of an operand which ends here if the op is elementwise, else one that is free."""

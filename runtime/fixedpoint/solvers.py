@@ -124,7 +124,8 @@ def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0, warm: int = 0) -
     guess = [torch.cat([first[None], first.new_zeros((number - 1, *first.shape))]) for first in chain.init]
     warm = min(warm, window) if number > 1 else 0
     if warm:
-        guess = _warmed(chain, lanes, guess, slices[window - warm :])
+        led = lanes.sweep(lanes.pack(guess), slices[window - warm :], keep=False)
+        guess = shifted(chain.init, lanes.unpack([s[-1] for s in led]))
     stored = lanes.sweep(lanes.pack(guess), slices)
     ends = [s[-1] for s in stored]
     stop.measure(ends)
@@ -146,17 +147,6 @@ def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0, warm: int = 0) -
     residual = 0.0 if exact == count else max(residual, stop.residual)
     report = ChainReport(f"blocks:{window}", count, steps, sweeps, residual, contraction, exact)
     return Solved(trajectory, report) if settled else finish(chain, trajectory, exact, report)
-
-
-def _warmed(chain: Chain, lanes: Lanes, zero: list[Tensor], slices: list[list[Tensor]]) -> list[Tensor]:
-    """Where the last steps of every block lead from zero: the start of the next. slices: of these steps."""
-    if not chain.body.rows:
-        return shifted(chain.init, lanes.unpack([s[-1] for s in lanes.sweep(lanes.pack(zero), slices, keep=False)]))
-    fewer = chain.lanes(lanes.n - 1)  # what the last block leads to starts nothing
-    start = fewer.pack([z[1:] for z in zero])
-    cut = [[x[: x.shape[0] // lanes.n * fewer.n] for x in inputs] for inputs in slices]
-    ends = fewer.unpack([s[-1] for s in fewer.sweep(start, cut, keep=False)])
-    return [torch.cat([first[None], end]) for first, end in zip(chain.init, ends, strict=True)]
 
 
 def _resweep(
