@@ -110,7 +110,8 @@ def embedding_bag(op: Op, weight: Type, indices: Type, offsets: Type, *rest: Any
 
 def embedding_bag_backward(op: Op, gradient: Type, *rest: Any) -> Type:
     """The gradient of every row: linear in that of the bags, which are whole."""
-    indices, offsets, *_, rows, _scale, mode, _sparse, weights, _padding = (*rest, *[None] * (11 - len(rest)))
+    indices, offsets = rest[:2]
+    rows, _scale, mode, _sparse, weights = rest[5:10]
     if mode == 2 or not all(one.is_whole for one in (indices, offsets, weights) if isinstance(one, Type)):
         raise Untypable(f"{op_name(op)} of bags that are cut, or of maxima")
     whole_along(op, gradient, {0})
