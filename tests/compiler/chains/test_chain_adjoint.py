@@ -49,7 +49,8 @@ class RandomCell(nn.Module):
                 case _:
                     new = 0.7 * a - 0.2 * b
             values.append(new)
-        return (values[-1], 0.5 * state[0] + 0.3 * torch.tanh(values[-2])), values[-1] * x
+        first = values[-1] + 0.1 * torch.tanh(state[1] @ self.weights[0] + self.bias)  # every result depends on every weight
+        return (first, 0.5 * state[0] + 0.3 * torch.tanh(values[-2] @ self.weights[1])), first * x
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         zero = x.new_zeros(ROWS, WIDTH)
