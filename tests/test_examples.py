@@ -19,6 +19,7 @@ PRINTS = {
     "constraints": ("S(0) on", "PlanError: param:0.weight on axis dp: constraint"),
     "decode": ("the same tokens: True", "tokens a sweep, the same: True"),
     "decorator": ("loss",),
+    "link": ("collectives as they are:", "loops where they pay:"),
     "own_pass": ("split-silu: ", "applied | silu written as a product | own_pass.py:", "refused: the result of pass split-silu"),
     "packed_inference": ("of 512 tokens (25%)",),
     "pipeline": ("step 4: loss", "gradients equal to the plain model's to the last bit: True"),
