@@ -39,8 +39,9 @@ def test_random_chains_are_found_and_every_solver_is_bitwise_equal(seed: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_thousand_random_chains_are_found_and_every_solver_is_bitwise_equal() -> None:
-    assert all(check(seed) == 1 for seed in range(1000))
+    assert not [seed for seed in range(1000) if check(seed) != 1]
 
 
 def test_the_original_program_is_left_alone() -> None:
