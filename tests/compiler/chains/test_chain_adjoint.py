@@ -93,6 +93,7 @@ def test_gradients_of_random_cells_are_those_of_autograd(seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_gradients_of_many_random_cells_are_those_of_autograd_with_every_solver() -> None:
     for seed in range(150):
         check(seed, ("blocks:4", "jacobi", "windows:3", "sequential", "auto"))
