@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .compiler.doors.jacobi import Jacobi
     from .compiler.doors.overlap import OverlapTiles
     from .compiler.doors.parallelize import parallel, parallelize
-    from .compiler.doors.pipeline_compile import PipelineParallel
+    from .compiler.doors.pipeline.compile import PipelineParallel
     from .compiler.doors.sequential import sequential
     from .compiler.doors.train import train_step
     from .compiler.plan.tactics import Auto, DataParallel, Rewrites, SequenceParallel, TensorParallel, Zero
@@ -59,7 +59,7 @@ _HOME = {
     "Mesh": ".runtime.mesh",
     "NGramDraft": ".compiler.decoding.drafts",
     "OverlapTiles": ".compiler.doors.overlap",
-    "PipelineParallel": ".compiler.doors.pipeline_compile",
+    "PipelineParallel": ".compiler.doors.pipeline.compile",
     "Rewrites": ".compiler.plan.tactics",
     "SequenceParallel": ".compiler.plan.tactics",
     "SplitBackward": ".passes.backward_split",

@@ -18,7 +18,7 @@ from hocket.compiler.capture import capture
 from hocket.compiler.contract import Context
 from hocket.compiler.cost.cluster import Cluster
 from hocket.compiler.demo.llama import Llama
-from hocket.compiler.doors.pipeline_units import partition
+from hocket.compiler.doors.pipeline.units import partition
 from hocket.compiler.plan.pipeline.costs import LinkCosts, PipelineCosts, StageCosts
 from hocket.compiler.plan.pipeline.stage_code import held_by, stage_code
 from hocket.compiler.program import Phase, Program, RoleKind, note

@@ -15,7 +15,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ..plan.plan import Plan
     from ..verify.report import Verdict
-    from .pipeline import PipelineSession
+    from .pipeline.session import PipelineSession
     from .session import Session
 
 _SESSION = "_hocket_session"

@@ -34,7 +34,7 @@ from ..program import Decision, Program, Role, RoleKind
 from ..rules.table import RuleTable
 from ..verify.differential import compare_programs
 from ..verify.samples import sample_inputs
-from .pipeline_units import partition
+from .pipeline.units import partition
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Capacities as shares of the batch's tokens."""

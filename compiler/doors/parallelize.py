@@ -17,8 +17,8 @@ from ..plan.tactics import RewriteTactic, Tactic
 from .engines import cluster_of, engine_opener
 from .hall import Options
 from .module import ParallelModule, lazy_class, parallel_view
-from .pipeline import PipelineSession
-from .pipeline_options import PipelineOrder, pipeline_order
+from .pipeline.options import PipelineOrder, pipeline_order
+from .pipeline.session import PipelineSession
 from .session import Session
 from .state import PiecewiseState, WholeState
 

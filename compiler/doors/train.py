@@ -23,7 +23,7 @@ from ..retrace import Retrace
 from .hall import Compiled, compile_program
 from .loaded import Loaded
 from .parallelize import open_session, pipelined_order
-from .pipeline_train import PipelineTrainStep
+from .pipeline.train import PipelineTrainStep
 from .resident_state import ResidentState
 from .session import Session
 from .threads import single_threaded

@@ -12,7 +12,7 @@ from rich.text import Text
 from ..stages import ONCE, PartKind, StageProgram
 
 if TYPE_CHECKING:
-    from ..doors.pipeline_compile import CompiledPipeline
+    from ..doors.pipeline.compile import CompiledPipeline
 
 
 def explain_pipeline(compiled: CompiledPipeline, topic: str = "", *, width: int = 140) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo_pair import run_pair, world_of_two
 
 from hocket.runtime.gloo import GlooCommunicator
 from hocket.runtime.mesh import Mesh
@@ -17,9 +15,11 @@ from hocket.runtime.transports.transport import Capability, TransportError, Tran
 
 def rank_main(rank: int, folder: str) -> None:
     """One rank: everything the protocol has, results into a file."""
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    with world_of_two(rank, folder):
+        torch.save(_everything(rank), f"{folder}/rank{rank}.pt")
+
+
+def _everything(rank: int) -> dict[str, object]:
     t = GlooCommunicator(Mesh.parse("d=2"), timeout=60).transport
     other, found = 1 - rank, {}
     buffer = t.symmetric("x", (4, 3), torch.float32, "d")
@@ -56,23 +56,12 @@ def rank_main(rank: int, folder: str) -> None:
         t.wait(other, 9, 1, "d", timeout=10)
     except TransportError as error:
         found["errors"].append((type(error).__name__, str(error)))
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = Path(tmp_path_factory.mktemp("gloo_transport"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
-    ranks = [context.Process(target=rank_main, args=(rank, str(folder))) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(100)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return run_pair(rank_main, Path(tmp_path_factory.mktemp("gloo_transport")))
 
 
 def test_puts_and_sums_are_there_after_the_signal(results: list[dict]) -> None:

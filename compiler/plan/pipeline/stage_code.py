@@ -9,7 +9,7 @@ where the kernel keeps the accumulator in its registers, so it is a choice (``pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -49,9 +49,15 @@ def stage_code(
     def code(part: StagePart) -> Part:
         return part_code(part, network, products=products, inductor=inductor)
 
+    return assemble(stage, code)
+
+
+def assemble(stage: StageProgram, part_of: Callable[[StagePart], Part]) -> StageCode:
+    """The code of a stage from what ``part_of`` makes of each of its parts."""
+
     def only(kind: PartKind) -> Part | None:
         parts = stage.of(kind)
-        return code(parts[0]) if parts else None
+        return part_of(parts[0]) if parts else None
 
     forward = only(PartKind.FORWARD)
     assert forward is not None, "every stage has a forward"
@@ -59,7 +65,7 @@ def stage_code(
         stage=stage.stage,
         forward=forward,
         backward=only(PartKind.BACKWARD_INPUT),
-        weights=tuple(code(part) for part in stage.of(PartKind.BACKWARD_WEIGHT)),
+        weights=tuple(map(part_of, stage.of(PartKind.BACKWARD_WEIGHT))),
         share=only(PartKind.SHARE),
         optimizer=only(PartKind.OPTIMIZER),
         receives=_specs(stage.receives),

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pipeline_support import Block, one_thread
 from torch import Tensor, nn
 
 import hocket
 from hocket.compiler.doors.module import session_of
-from hocket.compiler.doors.pipeline_batch import Batch, rows_of
-from hocket.compiler.doors.pipeline_options import parse_bytes
+from hocket.compiler.doors.pipeline.batch import Batch, rows_of
+from hocket.compiler.doors.pipeline.options import parse_bytes
 from hocket.compiler.errors import InputError
 from hocket.errors import RunError
+
+__all__ = ["one_thread"]
 
 STEPS = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Ranks have one thread here; sums over two threads are added up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

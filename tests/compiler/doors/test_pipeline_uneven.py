@@ -13,8 +13,8 @@ from torch import nn
 
 import hocket
 from hocket.compiler.doors.module import session_of
-from hocket.compiler.doors.pipeline_options import PipelineOrder, pipeline_order
-from hocket.compiler.doors.pipeline_rows import propose_rows
+from hocket.compiler.doors.pipeline.options import PipelineOrder, pipeline_order
+from hocket.compiler.doors.pipeline.rows import propose_rows
 from hocket.compiler.plan.pipeline.costs import PipelineCosts
 from hocket.errors import InputError
 from hocket.runtime.engines.local import LocalEngine

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo_pair import run_pair, world_of_two
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,25 +135,12 @@ def _steps(link: Link, rank: int) -> dict[str, object]:
 
 def rank_main(rank: int, folder: str) -> None:
     """One rank over gloo, its results into a file."""
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
-    torch.save(_steps(GlooLink((0, 1)), rank), f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with world_of_two(rank, folder):
+        torch.save(_steps(GlooLink((0, 1)), rank), f"{folder}/rank{rank}.pt")
 
 
 def test_gloo_does_the_same_between_two_processes_and_uses_its_buffers_again(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
-    ranks = [context.Process(target=rank_main, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt")
+    for rank, found in enumerate(run_pair(rank_main, tmp_path)):
         expected = [(float(100 * (1 - rank) + 10 * turn + tag), 0.5 * size) for turn in range(5) for tag, size in ((1, 5), (0, 12))]
         assert found["sums"] == expected
         assert found["buffers"] <= 6, "two tensors of two shapes, and those that the last message still shows"

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...runtime.engines.base import Engine
-from ..capture import initial_state
-from ..verify.report import Verdict
-from .pipeline import PipelineSession, loss_in
-from .pipeline_compile import CompiledPipeline
-from .pipeline_options import PipelineOrder
-from .resident_state import ResidentState
+from ....runtime.engines.base import Engine
+from ...capture import initial_state
+from ...verify.report import Verdict
+from ..resident_state import ResidentState
+from .compile import CompiledPipeline
+from .options import PipelineOrder
+from .session import PipelineSession, loss_in
 
 
 class PipelineTrainStep:

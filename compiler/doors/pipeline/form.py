@@ -10,29 +10,29 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
-from ...passes.backward_split_costs import Costs
-from ...passes.pipeline import CutStages, cut_stages
-from ...passes.shard import Shard
-from ...passes.sum_once import SumOnce
-from ...runtime.mesh import Mesh
-from ..capture.front import Example
-from ..capture.step import scalar_loss, with_updates
-from ..capture.trace import Aim
-from ..contract import Context, Pass
-from ..cost.cluster import Cluster
-from ..errors import InputError
-from ..layout import local_shape, local_size, padding
-from ..passmanager import PassRecord, run_passes
-from ..plan.pipeline.forms import FOLDED
-from ..plan.plan import Plan
-from ..plan.planner import plan
-from ..program import Program, note, producer
-from ..rules.table import RuleTable
-from ..stages import ONCE, Pipeline
-from ..verify.report import Status, Verdict
-from .pipeline_batch import CallArgs
-from .pipeline_options import PipelineOrder
-from .pipeline_units import partition, weight_pieces
+from ....passes.backward_split_costs import Costs
+from ....passes.pipeline import CutStages, cut_stages
+from ....passes.shard import Shard
+from ....passes.sum_once import SumOnce
+from ....runtime.mesh import Mesh
+from ...capture.front import Example
+from ...capture.step import scalar_loss, with_updates
+from ...capture.trace import Aim
+from ...contract import Context, Pass
+from ...cost.cluster import Cluster
+from ...errors import InputError
+from ...layout import local_shape, local_size, padding
+from ...passmanager import PassRecord, run_passes
+from ...plan.pipeline.forms import FOLDED
+from ...plan.plan import Plan
+from ...plan.planner import plan
+from ...program import Program, note, producer
+from ...rules.table import RuleTable
+from ...stages import ONCE, Pipeline
+from ...verify.report import Status, Verdict
+from .batch import CallArgs
+from .options import PipelineOrder
+from .units import partition, weight_pieces
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..errors import InputError
+from ...errors import InputError
 
 CallArgs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""

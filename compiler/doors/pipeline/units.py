@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 import torch.fx as fx
 
-from ...passes.backward_split_choice import base_of
-from ...passes.backward_split_costs import Costs, is_alias, stored_bytes
-from ...passes.pipeline_drafts import gradients_of
-from ...passes.pipeline_parts import groups_of
-from ...passes.pipeline_place import place, portable_nodes
-from ..errors import InputError
-from ..plan.pipeline.chain import balance
-from ..plan.pipeline.costs import StageCosts
-from ..program import Phase, Program, copy_program, note
-from ..stages import PartKind, StageProgram
+from ....passes.backward_split_choice import base_of
+from ....passes.backward_split_costs import Costs, is_alias, stored_bytes
+from ....passes.pipeline_drafts import gradients_of
+from ....passes.pipeline_parts import groups_of
+from ....passes.pipeline_place import place, portable_nodes
+from ...errors import InputError
+from ...plan.pipeline.chain import balance
+from ...plan.pipeline.costs import StageCosts
+from ...program import Phase, Program, copy_program, note
+from ...stages import PartKind, StageProgram
 
 MOST_UNITS = 200
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ...passes.backward_split import BackwardSplit
-from ...runtime.inner import mesh_without
-from ...runtime.mesh import Mesh
-from ..errors import InputError
-from ..plan.pipeline.forms import NAMES
-from ..plan.tactics import Auto, DataParallel, RewriteTactic, Tactic, TensorParallel, Zero
+from ....passes.backward_split import BackwardSplit
+from ....runtime.inner import mesh_without
+from ....runtime.mesh import Mesh
+from ...errors import InputError
+from ...plan.pipeline.forms import NAMES
+from ...plan.tactics import Auto, DataParallel, RewriteTactic, Tactic, TensorParallel, Zero
 
 AXIS = "pp"
 

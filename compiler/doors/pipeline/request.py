@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from ...runtime.engines.pipeline import Layout, PipelineRequest, Slot
-from ...runtime.program import PortSpec, RankProgram
-from ...runtime.schedule.resident import MESSAGES, describe_spec
-from ...runtime.schedule.sharing import Sharing, Tie
-from ...runtime.schedule.stage import HELD, Port, ValueSpec
-from ...runtime.schedule.text import format_schedule
-from ..layout import format_placement
-from ..plan.pipeline.stage_code import rank_program
-from ..program import RoleKind, note
-from ..stages import ONCE, PartKind, Pipeline, StagePart, StageProgram, Value
-from .pipeline_compile import CompiledPipeline
+from ....runtime.engines.pipeline import Layout, PipelineRequest, Slot
+from ....runtime.program import PortSpec, RankProgram
+from ....runtime.schedule.resident import MESSAGES, describe_spec
+from ....runtime.schedule.sharing import Sharing, Tie
+from ....runtime.schedule.stage import HELD, Port, ValueSpec
+from ....runtime.schedule.text import format_schedule
+from ...layout import format_placement
+from ...plan.pipeline.stage_code import rank_program
+from ...program import RoleKind, note
+from ...stages import ONCE, PartKind, Pipeline, StagePart, StageProgram, Value
+from .compile import CompiledPipeline
 
 Programs = dict[int, RankProgram]
 """What every part of a pipeline is for ranks, by the part's id."""

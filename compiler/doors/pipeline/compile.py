@@ -6,23 +6,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...passes.backward_split_costs import Costs
-from ...runtime.schedule.instruction import Schedule
-from ...runtime.schedule.verify import peak_memory
-from ..errors import InputError
-from ..passmanager import PassRecord
-from ..plan.pipeline.costs import LinkCosts, PipelineCosts
-from ..plan.pipeline.forms import closed_form, cut_weights, finishing, inference
-from ..plan.pipeline.problem import Problem
-from ..plan.pipeline.synthesise import synthesise
-from ..program import Program
-from ..stages import Pipeline
-from ..verify.report import Status, Verdict
-from .pipeline_batch import Batch, rows_of
-from .pipeline_form import Form, make_form, with_decisions
-from .pipeline_options import PipelineOrder, PipelineParallel, parse_bytes
-from .pipeline_rows import propose_rows, with_overhead
-from .pipeline_units import stage_costs
+from ....passes.backward_split_costs import Costs
+from ....runtime.schedule.instruction import Schedule
+from ....runtime.schedule.verify import peak_memory
+from ...errors import InputError
+from ...passmanager import PassRecord
+from ...plan.pipeline.costs import LinkCosts, PipelineCosts
+from ...plan.pipeline.forms import closed_form, cut_weights, finishing, inference
+from ...plan.pipeline.problem import Problem
+from ...plan.pipeline.synthesise import synthesise
+from ...program import Program
+from ...stages import Pipeline
+from ...verify.report import Status, Verdict
+from .batch import Batch, rows_of
+from .form import Form, make_form, with_decisions
+from .options import PipelineOrder, PipelineParallel, parse_bytes
+from .rows import propose_rows, with_overhead
+from .units import stage_costs
 
 __all__ = ["CompiledPipeline", "PipelineParallel", "compile_pipeline", "parse_bytes"]
 

@@ -7,18 +7,18 @@ from typing import Protocol
 
 import torch
 
-from ...runtime.engines.local import LocalEngine
-from ...runtime.engines.pipeline import LocalPipeline, Slot
-from ...runtime.pieces import assemble
-from ...runtime.schedule.group import StageGroup
-from ...runtime.schedule.loopback import LoopbackPipeline
-from ...runtime.schedule.run import Stage
-from ...runtime.schedule.stage import HELD, Port, StageState
-from ..plan.pipeline.stage_code import held_by, stage_codes
-from ..program import RoleKind
-from .pipeline_compile import CompiledPipeline
-from .pipeline_groups import groups_of
-from .pipeline_request import emitted, final_gradients, held_layouts, request_of, sharing_of, updated_ports
+from ....runtime.engines.local import LocalEngine
+from ....runtime.engines.pipeline import LocalPipeline, Slot
+from ....runtime.pieces import assemble
+from ....runtime.schedule.group import StageGroup
+from ....runtime.schedule.loopback import LoopbackPipeline
+from ....runtime.schedule.run import Stage
+from ....runtime.schedule.stage import HELD, Port, StageState
+from ...plan.pipeline.stage_code import held_by, stage_codes
+from ...program import RoleKind
+from .compile import CompiledPipeline
+from .groups import groups_of
+from .request import emitted, final_gradients, held_layouts, request_of, sharing_of, updated_ports
 
 Tensors = Mapping[Port, torch.Tensor]
 Outputs = list[dict[str, torch.Tensor]]

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ...runtime.executors.lockstep import lockstep_executor
-from ...runtime.mesh import Mesh
-from ...runtime.pieces import cut
-from ...runtime.program import RankProgram
-from ...runtime.schedule.group import Row, StageGroup, Together
-from ...runtime.schedule.stage import HELD, Part, Port, StageCode, StageState, ValueSpec
-from ..program import RoleKind
-from ..stages import PartKind, StagePart, StageProgram, Value
-from .pipeline_compile import CompiledPipeline
-from .pipeline_request import Programs, fed, held_layouts, updated_ports
+from ....runtime.executors.lockstep import lockstep_executor
+from ....runtime.mesh import Mesh
+from ....runtime.pieces import cut
+from ....runtime.program import RankProgram
+from ....runtime.schedule.group import Row, StageGroup, Together
+from ....runtime.schedule.stage import HELD, Part, Port, StageCode, StageState
+from ...plan.pipeline.stage_code import assemble
+from ...program import RoleKind
+from ...stages import StagePart, StageProgram
+from .compile import CompiledPipeline
+from .request import Programs, fed, held_layouts, updated_ports
 
 
 def groups_of(compiled: CompiledPipeline, programs: Programs, tensors: Mapping[Port, torch.Tensor]) -> list[StageGroup]:
@@ -77,32 +78,11 @@ def _code(stage: StageProgram, programs: Programs, together: dict[int, Together]
         together[id(made)] = _run(program)
         return made
 
-    def only(kind: PartKind) -> Part | None:
-        parts = stage.of(kind)
-        return part_of(parts[0]) if parts else None
-
-    forward = only(PartKind.FORWARD)
-    assert forward is not None, "every stage has a forward"
-    return StageCode(
-        stage=stage.stage,
-        forward=forward,
-        backward=only(PartKind.BACKWARD_INPUT),
-        weights=tuple(map(part_of, stage.of(PartKind.BACKWARD_WEIGHT))),
-        share=only(PartKind.SHARE),
-        optimizer=only(PartKind.OPTIMIZER),
-        receives=_specs(stage.receives),
-        sends=_specs(stage.sends),
-        receives_back=_specs(stage.receives_back),
-        sends_back=_specs(stage.sends_back),
-    )
+    return assemble(stage, part_of)
 
 
 def _alone(_: Row) -> Row:
     raise AssertionError("a part of a group runs for all its ranks together")
-
-
-def _specs(values: Sequence[Value]) -> tuple[ValueSpec, ...]:
-    return tuple(ValueSpec(value.name, value.shape, value.dtype, value.stride) for value in values)
 
 
 def _for_all(code: StageCode, inner: Mesh) -> StageCode:

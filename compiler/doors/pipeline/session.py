@@ -17,20 +17,20 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ...runtime.engines.base import Engine
-from ...runtime.schedule.stage import Port
-from ..capture import Specialisations
-from ..errors import InputError
-from ..program import Literal, RoleKind
-from ..report.pipeline import explain_pipeline
-from ..verify.report import Verdict
-from .engines import engine_opener
-from .pipeline_batch import Batch, CallArgs
-from .pipeline_compile import CompiledPipeline, compile_pipeline
-from .pipeline_options import PipelineOrder
-from .pipeline_runners import LocalRunner, LoopbackRunner, Runner
-from .threads import single_threaded
-from .watch import StateWatch, state_of
+from ....runtime.engines.base import Engine
+from ....runtime.schedule.stage import Port
+from ...capture import Specialisations
+from ...errors import InputError
+from ...program import Literal, RoleKind
+from ...report.pipeline import explain_pipeline
+from ...verify.report import Verdict
+from ..engines import engine_opener
+from ..threads import single_threaded
+from ..watch import StateWatch, state_of
+from .batch import Batch, CallArgs
+from .compile import CompiledPipeline, compile_pipeline
+from .options import PipelineOrder
+from .runners import LocalRunner, LoopbackRunner, Runner
 
 log = logging.getLogger("hocket")
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from ...passes.backward_split_costs import Costs
-from ..errors import InputError
-from ..plan.pipeline.bounds import lower_bound
-from ..plan.pipeline.costs import PipelineCosts, StageCosts
-from ..plan.pipeline.problem import INFINITE, Problem, arrays
-from ..plan.pipeline.synthesise import HABITS, construct
-from ..plan.pipeline.taper import tapers
-from ..stages import ONCE
-from .pipeline_form import Form
-from .pipeline_options import PipelineOrder, parse_bytes
+from ....passes.backward_split_costs import Costs
+from ...errors import InputError
+from ...plan.pipeline.bounds import lower_bound
+from ...plan.pipeline.costs import PipelineCosts, StageCosts
+from ...plan.pipeline.problem import INFINITE, Problem, arrays
+from ...plan.pipeline.synthesise import HABITS, construct
+from ...plan.pipeline.taper import tapers
+from ...stages import ONCE
+from .form import Form
+from .options import PipelineOrder, parse_bytes
 
 WORTH = 0.03
 """A taper must save this share of a step: every other size of micro-batch is one more program to compile and to hold."""
