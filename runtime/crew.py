@@ -21,7 +21,7 @@ from . import wire
 from .errors import RunError
 from .exchange import exchange_bytes
 from .faults import AFTERWARDS, Evidence, describe_exit, diagnose
-from .fence import new_fence
+from .fence import new_fence, writes_stay_in_order
 from .launcher import RankProcess, launcher
 from .mailbox import Outbox, Watch
 from .mesh import Mesh
@@ -60,6 +60,7 @@ class Crew:
         self.owner = os.getpid()
         self.programs: dict[int, RankProgram] = {}
         self.closed = ""
+        self._by_memory = writes_stay_in_order()
         self._sequence = 0
         self._rounds: dict[int, _Round] = {}
         self._poll = select.poll()
@@ -74,7 +75,7 @@ class Crew:
             self.ranks = launcher().start_ranks([self._config(rank, config) for rank in range(mesh.size)], shared, limits.start)
         finally:
             wire.close_all(shared)
-        self._boxes = [Outbox(rank.page) for rank in self.ranks]
+        self._boxes = [Outbox(rank.page, by_memory=self._by_memory) for rank in self.ranks]
         self._fence = new_fence()
         self._answers = Watch()
         self._watch()
@@ -89,12 +90,13 @@ class Crew:
             "device": config["devices"][rank],
             "hook": config["hook"],
             "link": config.get("link", ""),
+            "by_memory": self._by_memory,
             "timeout": 2 * max(self.limits.first, self.limits.step) + 60,
         }
 
     def _watch(self) -> None:
         for rank in self.ranks:
-            rank.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(self.limits.step) + 1, 0))
+            _send_within(rank, int(self.limits.step) + 1)
             for descriptor, action in ((rank.sock.fileno(), self._take), (rank.status_pipe, self._bury)):
                 self._by_fd[descriptor] = (rank, action)
                 self._poll.register(descriptor, select.POLLIN)
@@ -117,7 +119,7 @@ class Crew:
         self._sequence += 1
         packet = wire.Packet(packet.op, packet.handle, self._sequence, packet.ticket, packet.payload)
         if answered:
-            self._rounds[self._sequence] = _Round(self._everybody.copy(), {}, {}, packet.op in _BY_PAGE)
+            self._rounds[self._sequence] = _Round(self._everybody.copy(), {}, {}, self._by_memory and packet.op in _BY_PAGE)
         try:
             self._send(wire.encode(packet), descriptors)
         except BaseException:
@@ -306,12 +308,20 @@ class Crew:
         if self.closed or os.getpid() != self.owner:
             return
         deadline = time.monotonic() + SHUTDOWN
+        self._sequence += 1
         try:
-            self._sequence += 1
-            self._send(wire.encode(wire.Packet(wire.Op.CLOSE, 0, self._sequence, 0)))
-            for rank in self.ranks:
-                rank.wait_gone(deadline)
+            if not any(box.is_full(self._sequence) for box in self._boxes):  # else a rank hangs, and would not read it
+                for rank in self.ranks:
+                    _send_within(rank, int(SHUTDOWN))
+                self._send(wire.encode(wire.Packet(wire.Op.CLOSE, 0, self._sequence, 0)))
+                for rank in self.ranks:
+                    rank.wait_gone(deadline)
         except RunError:
             pass  # some rank is gone already; the rest is ended below
         finally:
             self.kill("it was closed")
+
+
+def _send_within(rank: RankProcess, seconds: int) -> None:
+    """From now on a packet to a rank that does not read is given up after that time, with BlockingIOError."""
+    rank.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", seconds, 0))

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .fence import new_fence
+from .fence import new_fence, writes_stay_in_order
 from .mesh import Mesh
 
 SLOTS = 8
@@ -55,7 +55,7 @@ _FUTEX_WAIT, _FUTEX_WAKE, _FUTEX = 0, 1, 202
 
 def is_available(device: torch.device) -> bool:
     """Whether ranks on that device can talk through shared memory."""
-    return device.type == "cpu" and platform.system() == "Linux" and platform.machine() == "x86_64"
+    return device.type == "cpu" and platform.system() == "Linux" and writes_stay_in_order()
 
 
 def why_unavailable(device: torch.device) -> str:

@@ -77,8 +77,8 @@ def load(
     loader = _Loader(program, Site.of(program.mesh, rank, device, floating))
     try:
         steps = tuple(loader.steps(program.instructions))
-    except TypeError as error:
-        raise ProgramError(f"an argument of the program is malformed: {error}") from error
+    except (TypeError, ValueError, LookupError) as error:
+        raise ProgramError(f"an argument of the program is malformed: {error!r}") from error
     return LoadedProgram(program, rank, loader.site, steps, tuple(loader.constants), loader.varying, loader.loops)
 
 

@@ -11,6 +11,9 @@ before they sleep, and whoever writes there wakes the other only if it sleeps:
 
 Between a write and the look at whether the other one sleeps stands a fence, on both sides, so one of the two sees the other.
 A letter that is too long, or brings descriptors, goes by the socket; its slot says so.
+
+All this relies on words being seen after the data they announce (``fence.writes_stay_in_order``). On other processors every letter
+and every answer goes by the socket, and the page only counts.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from . import wire
-from .fence import new_fence
+from .fence import new_fence, writes_stay_in_order
 
 OFFSET = 8192
 """Where the mailbox begins on the page; ``monitor`` has what lies before."""
@@ -69,10 +72,11 @@ class Watch:
 
 
 class Outbox:
-    """The controller's side of one rank."""
+    """The controller's side of one rank. by_memory: whether letters may go through the page; the rank must think the same."""
 
-    def __init__(self, page: mmap.mmap) -> None:
+    def __init__(self, page: mmap.mmap, *, by_memory: bool = writes_stay_in_order()) -> None:
         self._page = page
+        self._by_memory = by_memory
         self._words = memoryview(page).cast("q")
         self._fence = new_fence()
 
@@ -82,6 +86,8 @@ class Outbox:
 
     def put(self, number: int, letter: bytes, *, by_socket: bool) -> bytes | None:
         """Write letter ``number``, or the note that it comes by the socket; what must be sent there now, if anything."""
+        if not self._by_memory:
+            return letter
         words, at = self._words, _FIRST_SLOT + number % SLOTS * SLOT_BYTES
         if by_socket or len(letter) > LONGEST:
             _LENGTH.pack_into(self._page, at, _BY_SOCKET)
@@ -106,10 +112,13 @@ class Outbox:
 
 
 class Inbox:
-    """The rank's side. watch: how long it looks for a letter before it sleeps; None: not at all."""
+    """The rank's side. watch: how long it looks for a letter before it sleeps, None: not at all; by_memory: see ``Outbox``."""
 
-    def __init__(self, page: mmap.mmap, socket: wire.Inbox, watch: Watch | None) -> None:
+    def __init__(
+        self, page: mmap.mmap, socket: wire.Inbox, watch: Watch | None, *, by_memory: bool = writes_stay_in_order()
+    ) -> None:
         self._page = page
+        self._by_memory = by_memory
         self._words = memoryview(page).cast("q")
         self._socket = socket
         self._fence: Callable[[], None] = new_fence()
@@ -121,6 +130,9 @@ class Inbox:
         """The next letter, in order, and its descriptors. Raises wire.Closed when the controller is gone."""
         words = self._words
         self._number = number = self._number + 1
+        if not self._by_memory:
+            words[_READ] = number
+            return self._parcel()
         if words[_POSTED] < number:
             self._wait(number)
         at = _FIRST_SLOT + number % SLOTS * SLOT_BYTES
@@ -130,11 +142,11 @@ class Inbox:
         return (wire.decode(letter), ()) if length >= 0 else self._parcel()
 
     def finish(self, number: int) -> bool:
-        """Letter ``number`` is done; whether the controller sleeps and must be told."""
+        """Letter ``number`` is done; whether the controller must be told: it sleeps, or does not rely on the page."""
         words = self._words
         words[_DONE] = number
         self._fence()
-        return bool(words[_CONTROLLER_SLEEPS])
+        return not self._by_memory or bool(words[_CONTROLLER_SLEEPS])
 
     def _wait(self, number: int) -> None:
         watch = self._watch

@@ -69,7 +69,7 @@ class Worker:
         self.device = torch.device(config["device"])
         self.page = PageWriter(page, len(self.mesh.axes))
         has_core = self.mesh.size * config["threads"] <= len(os.sched_getaffinity(0))
-        self.inbox = Inbox(page, wire.Inbox(sock), Watch() if has_core else None)
+        self.inbox = Inbox(page, wire.Inbox(sock), Watch() if has_core else None, by_memory=config["by_memory"])
         self.monitor: Any = self.page
         self.segments = MappedSegments()
         self.views = PieceViews(self.segments, self.device)

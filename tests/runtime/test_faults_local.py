@@ -15,6 +15,7 @@ from local_support import LINE, mlp, mlp_bindings, mlp_tensors, open_files, wait
 from hocket.runtime.engines.local import Limits, LocalEngine
 from hocket.runtime.errors import CollectiveMismatch, RankDied, RankFailed, RankHung, RunError
 from hocket.runtime.launcher import launcher
+from hocket.runtime.mailbox import SLOTS
 from hocket.runtime.memory import default_arena
 from hocket.runtime.mesh import Mesh
 
@@ -124,6 +125,21 @@ def test_crash_names_the_signal(tmp_path, fault, words):
     assert words in str(error)
     if fault == "segv":
         assert "string_at" in error.remote
+
+
+@pytest.mark.parametrize("letters", [1, SLOTS], ids=["with room for a letter", "with a full box"])
+def test_closing_does_not_wait_for_a_rank_that_hangs(tmp_path, letters):
+    hook = write_hook(tmp_path, fault="sleep", index=1)
+    engine = LocalEngine(MESH, threads=1, limits=Limits(window=2 * SLOTS), rank_hook=hook)
+    pids = engine.pids
+    x, up, down = mlp_tensors()
+    handle = engine.load(mlp(MESH), mlp_bindings(up, down))
+    kept = [engine.submit_forward(handle, [x]) for _ in range(letters + 1)]  # the rank took out the first one, and hangs in it
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < BOUND
+    wait_gone(pids)
+    assert not any(step.settled for step in kept)
 
 
 @pytest.mark.parametrize("fault", ["sleep", "spin"])

@@ -240,6 +240,20 @@ def test_wire_bytes_equal_the_formula(engine):
     assert [b - a for a, b in zip(before, after, strict=True)] == [4 * (6 * 4 + 6 * 8)] * 2  # 2 (p-1)/p of both all_reduces
 
 
+def test_where_writes_may_be_seen_out_of_order_steps_go_by_the_socket(monkeypatch):
+    monkeypatch.setattr("hocket.runtime.crew.writes_stay_in_order", lambda: False)
+    x, up, down = mlp_tensors()
+    with LocalEngine(MESH, threads=1) as engine:
+        handle = engine.load(mlp(MESH), mlp_bindings(up, down))
+        for _ in range(3):
+            ticket, (y,) = engine.forward(handle, [x])
+            gradients = engine.backward(handle, ticket, [torch.ones(6, 4)])
+    expected, wanted = eager(x, up, down, torch.ones(6, 4))
+    torch.testing.assert_close(y, expected.detach())
+    for found, want in zip(gradients[:3], wanted, strict=True):
+        torch.testing.assert_close(found, want)
+
+
 def test_use_after_close_and_closing_twice():
     engine = LocalEngine(MESH, threads=1)
     pids = engine.pids

@@ -129,11 +129,11 @@ def test_the_interleavings_find_a_lost_wake_up(monkeypatch):
     assert any(not conversation(order, [40], Hasty) for order in orders)
 
 
-@pytest.mark.parametrize("watch", [None, Watch()])
-def test_letters_and_parcels_arrive_in_order_through_a_real_socket(watch):
+@pytest.mark.parametrize(("watch", "by_memory"), [(None, True), (Watch(), True), (Watch(), False)])
+def test_letters_and_parcels_arrive_in_order_through_a_real_socket(watch, by_memory):
     page = mmap.mmap(-1, PAGE_BYTES)
     ours, theirs = wire.pair()
-    outbox, inbox = Outbox(page), Inbox(page, wire.Inbox(theirs), watch)
+    outbox, inbox = Outbox(page, by_memory=by_memory), Inbox(page, wire.Inbox(theirs), watch, by_memory=by_memory)
     lengths = [0, 8, LONGEST + 1, 3000, 16, 16, LONGEST - wire.HEADER.size, 1] * 30
     found = []
     reader = threading.Thread(target=lambda: found.extend(inbox.receive() for _ in lengths))
@@ -191,6 +191,20 @@ def test_done_is_told_to_a_sleeping_controller_only():
     outbox.sleep(0)
     assert not inbox.finish(3)
     assert outbox.done() == 3
+    ours.close()
+    theirs.close()
+
+
+def test_where_writes_may_be_seen_out_of_order_nothing_is_read_from_the_page():
+    page = mmap.mmap(-1, PAGE_BYTES)
+    ours, theirs = wire.pair()
+    outbox, inbox = Outbox(page, by_memory=False), Inbox(page, wire.Inbox(theirs), None, by_memory=False)
+    written = bytes(page)
+    parcel = outbox.put(1, letter(1, 8), by_socket=False)
+    assert bytes(page) == written
+    wire.send_encoded(ours, parcel)
+    assert inbox.receive()[0] == wire.decode(letter(1, 8))
+    assert inbox.finish(1), "the answer must go by the socket too"
     ours.close()
     theirs.close()
 

@@ -6,6 +6,7 @@ import torch
 from hand_lowered import ATEN, Builder, data_parallel_training, tensor_parallel_mlp, uneven_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_support import single
 
 from hocket.compiler.emit import emit
 from hocket.runtime.errors import ProgramError
@@ -14,6 +15,7 @@ from hocket.runtime.mesh import Mesh
 from hocket.runtime.ops import overload_of
 from hocket.runtime.program import VERSION, RankProgram, digest, encode
 from hocket.runtime.templates import Site, encode_constant, fold
+from hocket.runtime.tile_loop import TILE_LOOP
 from hocket.runtime.validate import check_rank_program
 
 CASES = (tensor_parallel_mlp, data_parallel_training, uneven_windows)
@@ -259,6 +261,12 @@ def test_malformed_arguments_are_refused_when_loaded(template):
     added[1][1] = template
     with pytest.raises(ProgramError):
         load(RankProgram.from_json(tampered(program, forms=forms)), 0)
+
+
+@pytest.mark.parametrize("args", [[], [[]], [[], "{"], [[], "{}", [], "tp", 2], 3 * [[]]])
+def test_a_tile_loop_with_the_wrong_words_is_refused_when_loaded(args):
+    with pytest.raises(ProgramError):
+        load(single(Mesh.parse("tp=2"), TILE_LOOP, args), 0)
 
 
 def test_rank_dependent_integers_fold_to_the_chunks_of_each_rank():
