@@ -28,7 +28,7 @@ from ..rules.decompose import exact_decompositions
 from .bodies import BodyGraph, chain_op
 from .trace import fake_mode
 
-SEQUENTIAL = How("sequential").to_json()
+SEQUENTIAL = How("sequential")
 """Chains are born as loops; the pass decides otherwise."""
 
 
@@ -60,11 +60,11 @@ def chain(body: BodyGraph, count: int, tensors: Sequence[Tensor]) -> tuple[list[
     return found[: body.carries], found[body.carries :]
 
 
-def run(body: BodyGraph, count: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+def run(body: BodyGraph, count: int, tensors: Sequence[Tensor], how: How = SEQUENTIAL) -> list[Tensor]:
     """The chain op itself."""
     start, streams = body.carries, body.carries + body.shared
     groups = (list(tensors[:start]), list(tensors[start:streams]), list(tensors[streams:]))
-    return list(chain_op()(*groups, count, body.data().to_json(), SEQUENTIAL))
+    return list(chain_op()(*groups, count, body.data().to_json(), how.to_json()))
 
 
 class ChainFunction(torch.autograd.Function):

@@ -91,6 +91,14 @@ class BodyGraph:
         graph.output(output)
         return BodyGraph(graph, self.carries, self.shared, self.rows)
 
+    def reorder_shared(self, order: Sequence[int]) -> None:
+        """Take the shared values in another order: the one that was at place ``order[i]`` comes i-th."""
+        old = self.shared_inputs
+        anchor = self.carry_inputs[-1]
+        for place in order:
+            anchor.append(old[place])
+            anchor = old[place]
+
     def data(self) -> Body:
         """The body as data. UnsupportedError, with the user's line, for a call that cannot be in a program."""
         return _Encoder(self).body()

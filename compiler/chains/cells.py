@@ -7,6 +7,8 @@ direction instead, with the product of all inputs done before it:
     rnn    h' = act(x W + b + h U)
     gru    h' = lerp(n, h, z),   r, z = sigmoid(x W + b + h U),   n = tanh(x W_n + b + r (h U_n + b_n))
     lstm   c' = f c + i g,  h' = o tanh(c'),   i, f, g, o from x W + b + h U
+
+A layer that nobody differentiates stays whole: its chain starts from x, and says which layer of torch it is (``How.native``).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .adjoint import chain
+from ...runtime.fixedpoint.how import How
+from .adjoint import chain, run
 from .trace import is_tracing, trace_step
 
 Step = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
@@ -35,6 +38,11 @@ class Layer:
     inside: Tensor
     bias_outside: Tensor | None
     bias_inside: Tensor | None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """In torch's order."""
+        return [w for w in (self.outside, self.inside, self.bias_outside, self.bias_inside) if w is not None]
 
 
 def _plain(activation: Callable[[Tensor], Tensor]) -> Callable[[Layer, Tensor], tuple[Tensor, Step]]:
@@ -147,7 +155,29 @@ def _run(
 
 
 def _layer(name: str, layer: Layer, x: Tensor, state: list[Tensor], *, backwards: bool) -> tuple[list[Tensor], Tensor]:
-    products, step = CELLS[name](layer, x.flip(0) if backwards else x)
-    body, shared = trace_step(step, state, [products[0]], f"torch.{name}")
-    final, emits = chain(body, x.shape[0], [*state, *shared, products])
+    x = x.flip(0) if backwards else x
+    given = [x, *state, *layer.weights]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        products, step = CELLS[name](layer, x)
+        body, shared = trace_step(step, state, [products[0]], f"torch.{name}")
+        final, emits = chain(body, x.shape[0], [*state, *shared, products])
+    else:
+        final, emits = _whole(name, layer, x, state)
     return final, emits[0].flip(0) if backwards else emits[0]
+
+
+def _whole(name: str, layer: Layer, x: Tensor, state: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """A layer that nobody differentiates as one chain from its input, product and all, so that torch's kernel can stand for it."""
+
+    def step(carries: list[Tensor], slices: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        product, inner = CELLS[name](layer, slices[0])
+        return inner(carries, [product])
+
+    body, shared = trace_step(step, state, [x[0]], f"torch.{name}")
+    order = [id(tensor) for tensor in shared]
+    is_native = sorted(order) == sorted(map(id, layer.weights))
+    if is_native:
+        body.reorder_shared([order.index(id(weight)) for weight in layer.weights])
+        shared = list(layer.weights)
+    found = run(body, x.shape[0], [*state, *shared, x], How(native=name if is_native else ""))
+    return found[: body.carries], found[body.carries :]

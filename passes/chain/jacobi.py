@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch.fx as fx
 
-from ...compiler.chains.bodies import How, chain_op
+from ...compiler.chains.bodies import How, chain_op, read_how
 from ...compiler.contract import Context, Contract, Equal
 from ...compiler.program import Decision, Program, copy_program, note
 from .batch import Inserter
@@ -25,6 +25,7 @@ from .find import find_chains
 from .lift import lift
 from .segments import cut_in_time
 from .split import ChainNode, Split, split
+from .whole import keep_whole
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ class JacobiFeedforward:
         inserter = Inserter(graph, node, self.name)
         chain = ChainNode.of(node, inserter)
         chosen, reason = _choice(chain, how)
-        made = split(chain, chosen, inserter)
+        made = None
+        if chain.how.native and chosen.solver == "auto":
+            made = keep_whole(chain, replace(chosen, native=chain.how.native), inserter)
+            reason = f"{reason}, torch's own {chain.how.native} among what is tried" if made else reason
+        made = made or split(chain, chosen, inserter)
         for index, getters in chain.uses.items():
             for getter in getters:
                 getter.replace_all_uses_with(made.replaced[index])
@@ -115,5 +120,7 @@ def _in_segments(how: How) -> How:
 
 def _what(chain: ChainNode, made: Split) -> str:
     layout = "steps folded into rows" if made.rows else "steps vectorised"
+    if made.hoisted == 0 and read_how(str(made.node.args[-1])).native:
+        return f"a chain of {chain.count} steps of {made.kept} ops (kept whole; {layout})"
     sums = f", {made.summed} sums taken after it" if made.summed else ""
     return f"a chain of {chain.count} steps of {made.kept} ops ({made.hoisted} more hoisted{sums}; {layout})"

@@ -16,6 +16,9 @@ import torch
 from ..errors import InputError, ProgramError
 
 SOLVERS = ("auto", "sequential", "jacobi", "gauss-seidel", "blocks", "windows", "shooting", "newton")
+NATIVES = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+"""Layers that torch has a kernel for (``native``)."""
+
 ROUNDING_ULPS = 8
 """Largest difference under ROUNDING, in units of the last place of the largest state. A merge of two trajectories is seen at 2 to 4
 of them; two kernels for one product differ by as much."""
@@ -24,19 +27,23 @@ of them; two kernels for one product differ by as much."""
 @dataclass(frozen=True)
 class How:
     """solver: one of SOLVERS; window: steps in a block or window (0: chosen at run time); exact: "bitwise", "rounding" or a
-    relative tolerance; sweeps: if not 0, exactly so many Jacobi sweeps from zero and no test (exact on the first ``sweeps`` steps).
+    relative tolerance; sweeps: if not 0, exactly so many Jacobi sweeps from zero and no test (exact on the first ``sweeps`` steps);
+    native: the layer of torch, one of NATIVES, that the whole chain is, or "": "auto" may run its kernel instead.
     """
 
     solver: str = "sequential"
     window: int = 0
     exact: str | float = "rounding"
     sweeps: int = 0
+    native: str = ""
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise InputError(f"expected a solver among {', '.join(SOLVERS)}; found {self.solver!r}")
         if self.exact not in ("bitwise", "rounding") and not (isinstance(self.exact, float) and 0 < self.exact < 1):
             raise InputError(f'expected exact="bitwise", "rounding" or a tolerance between 0 and 1; found {self.exact!r}')
+        if self.native and self.native not in NATIVES:
+            raise InputError(f"expected a layer among {', '.join(NATIVES)}; found {self.native!r}")
         if self.window < 0 or self.sweeps < 0:
             raise InputError(f"window and sweeps are counts; found {self.window} and {self.sweeps}")
 

@@ -22,6 +22,7 @@ from ..errors import ProgramError
 from .body import read_body
 from .decide import decided
 from .how import How, read_how
+from .native import check_native
 from .newton import newton, shooting
 from .report import RECENT
 from .solvers import Solved, Stop, blocks, jacobi, loop, windows
@@ -51,11 +52,15 @@ def solve(
 ) -> list[Tensor]:
     """See the module. ProgramError for a body that is none, or inputs that do not fit it."""
     chain, decision = chain_of(init, shared, streams, count, body), read_how(how)
+    if decision.native:
+        check_native(chain.body, decision.native)
     with torch.no_grad():  # steps write in place
         if decision.solver in ("sequential", "gauss-seidel") and not decision.sweeps:
             return chain.loop_emits()
         solved = run_solver(chain, decision)
         RECENT.append(solved.report)
+        if solved.results is not None:
+            return solved.results
         return [*[states[-1] for states in solved.trajectory], *chain.emits(solved.trajectory)]
 
 

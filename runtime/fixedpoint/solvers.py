@@ -29,10 +29,12 @@ TEST_EVERY = 4
 
 @dataclass
 class Solved:
-    """trajectory: [count, *shape] of every carry, the state after each step."""
+    """trajectory: [count, *shape] of every carry, the state after each step; results: the last carries and what the steps give out,
+    where the solver knows them, None where they are to be read off the trajectory."""
 
     trajectory: list[Tensor]
     report: ChainReport
+    results: list[Tensor] | None = None
 
 
 @dataclass
