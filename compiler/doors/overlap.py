@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...passes.nano_batch import NanoBatch
 from ...passes.overlap_order import OverlapOrder
+from ...passes.swaps.swap import SwapProducts
 from ...passes.tiles.fuse import FuseTiles
 from ..contract import Pass
 from ..plan.tactics import RewriteTactic
@@ -18,7 +19,8 @@ class OverlapTiles(RewriteTactic):
     tiles: per rank's chunk, 0 to let the cost model choose; least_gain: predicted part of a region's time that a loop must save;
     joined: whether one loop may hold the collectives on both sides of a layer; order: also issue the other collectives early and
     wait for them late, holding at most ``memory`` times the bytes; nano_batch: first run the batch in two halves where collectives
-    of one are predicted to travel behind the other (a network that moves data by itself; shared memory does not).
+    of one are predicted to travel behind the other (a network that moves data by itself; shared memory does not); swaps: first
+    gather the factors of a product instead of adding up products, or the other way round, where that is predicted to be quicker.
     """
 
     tiles: int = 0
@@ -27,10 +29,12 @@ class OverlapTiles(RewriteTactic):
     order: bool = True
     memory: float = 1.1
     nano_batch: bool = False
+    swaps: bool = True
 
     def rewrites_after(self) -> tuple[Pass, ...]:
-        """Halves, tile loops, then the order of what is left."""
+        """Halves, swaps, tile loops, then the order of what is left."""
         halves: tuple[Pass, ...] = (NanoBatch(),) if self.nano_batch else ()
         fuse = FuseTiles(tiles=self.tiles, least_gain=self.least_gain, joined=self.joined)
         order: tuple[Pass, ...] = (OverlapOrder(memory=self.memory),) if self.order else ()
-        return (*halves, fuse, *order)
+        swaps: tuple[Pass, ...] = (SwapProducts(),) if self.swaps else ()
+        return (*halves, *swaps, fuse, *order)

@@ -152,7 +152,11 @@ def _node_seconds(node: fx.Node, passage: Passage, share: float, cluster: Cluste
 def collective_seconds(node: fx.Node, kind: str, parts: int, axis: str, cluster: Cluster) -> float:
     """A collective by itself. Where nothing was measured the line of a cluster may be that of a slower transport than the ranks of
     one machine use, and a loop must not look good beside what nobody runs."""
-    nbytes = nbytes_of(tensor_inputs(node)[0])
+    return message_seconds(kind, nbytes_of(tensor_inputs(node)[0]), parts, axis, cluster)
+
+
+def message_seconds(kind: str, nbytes: float, parts: int, axis: str, cluster: Cluster) -> float:
+    """The same for an operand of ``nbytes`` bytes; kind: as in ``AHEAD`` and ``BEHIND``."""
     share = {"gather": parts - 1.0, "all_reduce": 2 * (parts - 1) / parts}.get(kind, (parts - 1) / parts)
     step = {"gather": StepKind.ALL_GATHER, "exchange": StepKind.ALL_TO_ALL}.get(kind) or StepKind(kind)
     line = cluster.line(step, axis).seconds(share * nbytes, parts)

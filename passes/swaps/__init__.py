@@ -1,0 +1,1 @@
+"""Trade a collective for one of fewer bytes by the algebra of products (``passes.swaps.swap``)."""
