@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .errors import InputError
 
-_AXIS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=([0-9]+)")
+_AXIS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,15 @@ class Mesh:
 
     @classmethod
     def parse(cls, text: str | int | Mesh) -> Mesh:
-        """Read ``"tp=2"`` or ``"dp=2,tp=2"``; a bare integer n means ``"d=n"``, one axis left to the planner."""
+        """Read ``"tp=2"`` or ``"dp=2,tp=2"``; a bare number n means ``"d=n"``, one axis left to the planner."""
         if isinstance(text, Mesh):
             return text
         if isinstance(text, int) and not isinstance(text, bool):
             return cls((("d", text),))
         if not isinstance(text, str):
             raise InputError(f'mesh must be a string such as "dp=2,tp=2", an int or a Mesh; found {text!r}')
+        if text.strip().isdecimal():
+            return cls((("d", int(text)),))
         parts = [part.strip() for part in text.split(",")]
         found = [_AXIS.fullmatch(part) for part in parts]
         bad = [part for part, match in zip(parts, found, strict=True) if match is None]

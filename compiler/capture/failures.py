@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -34,22 +38,37 @@ _WAYS = {
 
 def explain(error: BaseException, front: str) -> str:
     """One line: why a front end failed."""
-    kind = _kind(error)
-    reason = _WAYS[kind][0] if kind else f"{type(error).__name__}: {_first_line(error)}"
-    return f"{front} failed: {reason}"
+    return f"{front} failed: {_reason(error)}"
 
 
-def capture_error(error: BaseException, others: list[str]) -> CaptureError:
-    """The CaptureError of the first front end's failure; ``others`` says how the later ones ended."""
+def capture_error(error: BaseException, others: Sequence[tuple[str, BaseException]]) -> CaptureError:
+    """The CaptureError of the first front end's failure; ``others`` are the later ones by name, and how they ended."""
     where = user_line(error.__traceback__) or "the model"
     kind = _kind(error)
-    if kind:
-        reason, way_out = _WAYS[kind]
-        message = f"cannot capture {where}: {reason}. Way out: {way_out}."
-    else:
-        found = f"{type(error).__name__}: {_first_line(error)}"
-        message = f"cannot capture {where}: {found}. Way out: make this line run under plain autograd first."
-    return CaptureError(" ".join([message, *(f"({other})" for other in others)]))
+    way_out = _WAYS[kind][1] if kind else "call the plain model with the same inputs; if it fails there too, mend it there"
+    alike = [front for front, other in others if _reason(other) == _reason(error)]
+    ends = [f"({' and '.join(alike)} failed likewise)"] if alike else []
+    ends += [f"({explain(other, front)})" for front, other in others if front not in alike]
+    return CaptureError(" ".join([f"cannot capture {where}: {_reason(error)}. Way out: {way_out}.", *ends]))
+
+
+def _reason(error: BaseException) -> str:
+    kind = _kind(error)
+    return _WAYS[kind][0] if kind else f"{type(error).__name__}: {_first_line(error)}"
+
+
+@contextlib.contextmanager
+def without_torchs_log() -> Iterator[None]:
+    """What torch logs of a failing trace would come before hocket's one message, and says less."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _kind(error: BaseException) -> str:

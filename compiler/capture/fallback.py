@@ -6,8 +6,12 @@ so code that cannot be traced op by op may still have a graph there. The graph's
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +29,8 @@ def export_graph(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The target as ``torch.export`` sees it (non-strict): a graph module that holds the same parameters and buffers."""
     module = target if isinstance(target, nn.Module) else _Wrapped(target)
     args, kwargs = _distinct((args, kwargs))
-    return torch.export.export(module, args, kwargs, strict=False).module(check_guards=False)
+    with _quietly():
+        return torch.export.export(module, args, kwargs, strict=False).module(check_guards=False)
 
 
 def dynamo_graph(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
@@ -34,7 +39,18 @@ def dynamo_graph(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     module = target if isinstance(target, nn.Module) else _Wrapped(target)
     args, kwargs = _distinct((args, kwargs))
-    return _dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    with _quietly():
+        return _dynamo_graph_capture_for_export(module)(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep back what torch writes and warns of when this way fails too; what a way that works has written comes out afterwards."""
+    written = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(written):
+        warnings.simplefilter("ignore")
+        yield
+    sys.stderr.write(written.getvalue())
 
 
 def _distinct(tree: Any) -> Any:

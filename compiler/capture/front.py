@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import linecache
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +24,12 @@ from ...runtime.collector import without_collector
 from ..errors import HocketError
 from ..program import Decision, Literal, Program, Role, RoleKind, Signature, check_program
 from .blocks import BlockGroup, find_blocks
-from .failures import FATAL, capture_error, explain
+from .dtypes import check_dtypes
+from .failures import FATAL, capture_error, explain, without_torchs_log
 from .fallback import GraphCall, dynamo_graph, export_graph
 from .flatten import Flat, flatten, lazy_module
-from .leaves import Leaf, check_target, check_tensors, flatten_inputs
+from .hidden import Attributes, check_counting, checked_arguments, with_attributes
+from .leaves import Leaf, check_call, check_target, check_tensors, flatten_inputs
 from .lift import ModuleTensors, Snapshot, fake_like, tensors_of
 from .regions import Regions, mark_regions
 from .sizes import name_sizes
@@ -34,6 +37,8 @@ from .sources import SourceFinder
 from .trace import Aim, Raw, Request, Tracer
 
 Target = nn.Module | Callable[..., Any]
+
+log = logging.getLogger("hocket")
 
 
 @without_collector()
@@ -77,6 +82,7 @@ class Example:
         if isinstance(args, torch.Tensor):
             args = (args,)
         leaves, in_spec = flatten_inputs(args, kwargs)
+        check_call(target, args, kwargs)
         tensors = tensors_of(target if isinstance(target, nn.Module) else None)
         check_tensors(tensors, leaves)
         return cls(target, tuple(args), kwargs, leaves, in_spec, tensors)
@@ -89,24 +95,26 @@ class Example:
         """Go down the ladder of front ends until one works."""
         shapes = {name: tuple(leaf.shape) for name, leaf in self.leaves if isinstance(leaf, torch.Tensor)}
         named = name_sizes(shapes, sizes)
-        failures: list[str] = []
-        first: Exception | None = None
+        failures: list[tuple[str, Exception]] = []
         for name, prepare in _FRONTS:
             try:
-                raw, flat, regions = self._trace(prepare, aim)
+                with without_torchs_log():
+                    raw, flat, regions = self._trace(prepare, aim)
+                    if raw.moved:
+                        self._check_counting(prepare, aim, raw.moved)
             except FATAL:
                 raise
             except HocketError:
                 raise
             except Exception as error:
-                first = first or error
-                failures.append(explain(error, name))
+                failures.append((name, error))
                 continue
-            reason = f"traced with {name}" + "".join(f"; {failure}" for failure in failures)
+            reason = f"traced with {name}" + "".join(f"; {explain(error, front)}" for front, error in failures)
             program = self._program(raw, flat, named)
-            return program.decided(Decision("capture", "", applied=True, reason=reason), *regions)
-        assert first is not None
-        raise capture_error(first, failures[1:]) from first
+            check_dtypes(program)
+            decisions = [Decision("capture", "", applied=True, reason=reason), *regions, *_dropped(raw)]
+            return program.decided(*decisions)
+        raise capture_error(failures[0][1], failures[1:]) from failures[0][1]
 
     def _trace(self, prepare: Prepare, aim: Aim) -> tuple[Raw, Flat, list[Decision]]:
         """Run one front end, with repeated blocks traced once where that works, else in full."""
@@ -122,13 +130,28 @@ class Example:
         raw, flat, _ = self._trace_once(prepare, dataclasses.replace(aim, regions=False), groups)
         return raw, flat, decisions
 
+    def _check_counting(self, prepare: Prepare, aim: Aim, values: Attributes) -> None:
+        """Trace twice more, the second time as after the first: only where the forward pass has changed attributes."""
+        assert isinstance(self.target, nn.Module), "a plain function has no attributes"
+        once = dataclasses.replace(aim, regions=False)
+        first, second = self._trace_once(prepare, once, [])[1], None
+        with with_attributes(self.target, values):
+            try:
+                second = self._trace_once(prepare, once, [])[1]
+            except FATAL:
+                raise
+            except Exception as error:
+                log.debug("hocket: a second call does not trace: %s", error)
+        check_counting(first, second, values)
+
     def _trace_once(self, prepare: Prepare, aim: Aim, groups: list[BlockGroup]) -> tuple[Raw, Flat, list[Decision]]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         request = prepare(self, mode, aim)
         regions = Regions(groups, request)
         if aim.regions and request.module is self.target:
             request.blocks = regions.install
-        raw = Tracer(request).run()
+        with checked_arguments([(name, leaf) for name, leaf in self.leaves if isinstance(leaf, Literal)]):
+            raw = Tracer(request).run()
         flat = flatten(raw, mode)
         mark_regions(flat.graph, groups)
         return raw, flat, regions.decisions()
@@ -186,6 +209,13 @@ class Example:
         program = Program(graph=lazy_module(flat.graph), signature=signature, constants=flat.constants, sizes=sizes)
         check_program(program)
         return program
+
+
+def _dropped(raw: Raw) -> Iterator[Decision]:
+    for name, kind in raw.dropped:
+        reason = f"{name} is a {kind}, which holds tensors in a way that only its class knows: returned as None"
+        log.warning("hocket: %s (where it is a cache: use_cache=False makes none)", reason)
+        yield Decision("capture", name, applied=False, reason=reason)
 
 
 Prepare = Callable[[Example, FakeTensorMode, Aim], Request]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import CaptureError, InputError
 from ..program import Literal
@@ -32,7 +34,7 @@ def flatten_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[li
     if not any(isinstance(leaf, torch.Tensor) for _, leaf in leaves):
         shown = ", ".join(type(leaf.value).__name__ for _, leaf in leaves if isinstance(leaf, Literal))
         raise InputError(
-            f"example inputs must hold at least one tensor; found {shown or 'none at all'}; pass them as args=(x,) or kwargs"
+            f"the inputs must hold at least one tensor; found {shown or 'none at all'}; a program is made for given shapes"
         )
     return leaves, spec
 
@@ -68,13 +70,28 @@ def check_target(target: object) -> None:
         raise InputError("expected an ordinary nn.Module; found a TorchScript module: capture the module it was scripted from")
 
 
+def check_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises InputError where the target's own signature refuses the call. Hooks that change arguments may make it fit."""
+    hooks = isinstance(target, nn.Module) and bool(target._forward_pre_hooks)
+    try:
+        signature = inspect.signature(target.forward if isinstance(target, nn.Module) else target)
+    except (TypeError, ValueError):  # a builtin has none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        if not hooks:
+            raise InputError(f"these arguments do not fit {type(target).__name__}{signature}: {error}") from None
+
+
 def check_tensors(tensors: ModuleTensors, leaves: list[tuple[str, Leaf]]) -> None:
     """Raises InputError for tensors that no program can hold: other layouts, subclasses, meta or mixed devices."""
     named = {**tensors.params, **tensors.buffers, **{n: t for n, t in leaves if isinstance(t, torch.Tensor)}}
     devices: dict[torch.device, str] = {}
     for name, tensor in named.items():
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
-            raise InputError(f"{name}: expected a plain tensor; found the subclass {type(tensor).__name__}")
+            hint = "; run the plain model once, which gives it a shape" if is_lazy(tensor) else ""
+            raise InputError(f"{name}: expected a plain tensor; found the subclass {type(tensor).__name__}{hint}")
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             raise InputError(f"{name}: expected a dense tensor; found layout {tensor.layout}; use tensor.to_dense()")
         if tensor.device.type == "meta":

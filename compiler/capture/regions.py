@@ -208,7 +208,8 @@ def _build(request: Request) -> Template:
     """Trace a block. Raises _Unsafe where its nodes cannot be copied."""
     tracer = Tracer(request)
     raw = tracer.run()
-    if tracer.random.drawn or tracer.updates or not all(_plain(leaf.value) for leaf in raw.out_leaves if isinstance(leaf, Literal)):
+    odd = raw.dropped or not all(_plain(leaf.value) for leaf in raw.out_leaves if isinstance(leaf, Literal))
+    if tracer.random.drawn or tracer.updates or odd:
         raise _Unsafe("it draws random numbers, replaces a buffer, or returns an object")
     if any(mutates(node) for node in raw.graph.graph.nodes):
         raise _Unsafe("it changes a tensor in place")

@@ -33,6 +33,24 @@ def _form_key(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: boo
     return str(spec), form, training, torch.is_grad_enabled(), autocast
 
 
+def _news(before: Any, now: Any) -> str:
+    """What tells a call from the latest one where the tensors are of the same form; "" where they are not."""
+    (spec, form, training, grad, autocast), (modes, frozen) = now
+    (old_spec, old_form, old_training, old_grad, old_autocast), (old_modes, old_frozen) = before
+    if spec != old_spec or len(form) != len(old_form):
+        return ""
+    changed = [new for new, old in zip(form, old_form, strict=True) if new != old]
+    if any(isinstance(new[0], torch.Size) for new in changed):
+        return ""
+    if changed:
+        return f"new value {', '.join(repr(new[1]) for new in changed)} of an argument that is no tensor"
+    if modes != old_modes:
+        return "another train or eval mode"
+    if (training, grad) != (old_training, old_grad):
+        return "a call with gradients" if training else "a call without gradients"
+    return "other parameters frozen" if frozen != old_frozen else "another autocast" if autocast != old_autocast else ""
+
+
 def _modes_key(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor]) -> Hashable:
     return tuple(module.training for module in modules), tuple(parameter.requires_grad for parameter in parameters)
 
@@ -78,7 +96,8 @@ class Specialisations(Generic[T]):
             return self._kept[key]
         if self._kept:
             kept = min(len(self._kept) + 1, self.capacity)
-            log.warning("hocket: new input shape %s: re-specialising (%d of %d kept)", _shown(args, kwargs), kept, self.capacity)
+            news = _news(next(reversed(self._kept)), key) or f"new input shape {_shown(args, kwargs)}"
+            log.warning("hocket: %s: re-specialising (%d of %d kept)", news, kept, self.capacity)
         made = make(training, args, kwargs)
         self._kept[key] = made
         while len(self._kept) > self.capacity:

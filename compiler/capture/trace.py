@@ -25,6 +25,7 @@ from ..errors import CaptureError
 from ..program import NOTE, Literal, Note, Role, RoleKind
 from ..rules.decompose import exact_decompositions
 from .counter_random import CounterRandom
+from .hidden import attributes_of, holds_tensors, moved, refusing_draws
 from .leaves import check_output, flatten_outputs
 from .lift import holding
 from .recorder import Recorder
@@ -33,13 +34,19 @@ from .sources import SourceFinder
 
 @dataclass
 class Raw:
-    """What a trace gives: placeholders of ``graph`` are named by ``inputs`` in graph order, its flat outputs by ``outputs``."""
+    """What a trace gives: placeholders of ``graph`` are named by ``inputs`` in graph order, its flat outputs by ``outputs``.
+
+    moved: attributes of submodules that the function has changed, with their new values; dropped: name and class of outputs that
+    are objects with tensors inside.
+    """
 
     graph: fx.GraphModule
     inputs: dict[str, Role]
     outputs: list[Role]
     out_spec: TreeSpec | None
     out_leaves: list[int | Literal]
+    moved: dict[tuple[str, str], Any] = field(default_factory=dict)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ class Tracer:
         self.updates: list[Role] = []
         self.out_spec: TreeSpec | None = None
         self.out_leaves: list[int | Literal] = []
+        self.moved: dict[tuple[str, str], Any] = {}
+        self.dropped: list[tuple[str, str]] = []
         self.random = CounterRandom(lambda: self.new_input(Role(RoleKind.SEED, "seed"), torch.empty, [], dtype=torch.int64))
 
     def run(self) -> Raw:
@@ -109,7 +118,7 @@ class Tracer:
                 if node.name not in inputs:
                     inputs[node.name] = next(starting)
                 node.meta[NOTE] = Note(role=inputs[node.name])
-        return Raw(module, inputs, self.outputs + self.updates, self.out_spec, self.out_leaves)
+        return Raw(module, inputs, self.outputs + self.updates, self.out_spec, self.out_leaves, self.moved, self.dropped)
 
     def new_input(self, role: Role, make: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """A further input in the middle of the trace: ``make(*args, **kwargs)`` gives its fake tensor."""
@@ -129,8 +138,11 @@ class Tracer:
         recorder = Recorder(proxy_mode.tracer.graph, request.finder, self.random)
         inputs = [t for t, role in zip(flat, request.roles, strict=True) if role.kind is RoleKind.INPUT]
         with holding(request.module, request.replacements), recorder, torch.set_grad_enabled(request.aim.train):
+            before = attributes_of(request.module)
             request.blocks()
-            result = request.call(*inputs)
+            with refusing_draws():
+                result = request.call(*inputs)
+            self.moved = moved(before, attributes_of(request.module))
             loss = request.aim.loss_of(result) if request.aim.loss_of else None
             values = self._name_outputs(result, loss)
             updates = self._reassigned_buffers(flat)
@@ -144,7 +156,9 @@ class Tracer:
         values: list[Any] = []
         for name, value in named:
             if not isinstance(value, torch.Tensor):
-                self.out_leaves.append(Literal(value))
+                opaque = holds_tensors(value)
+                self.out_leaves.append(Literal(None if opaque else value))
+                self.dropped += [(name, type(value).__name__)] if opaque else []
                 continue
             check_output(name, value, str(self.request.finder.kinds.get("", "the function")))
             self.out_leaves.append(len(values))

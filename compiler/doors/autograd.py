@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...runtime.engines.base import Engine
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..program import RoleKind
 from .loaded import Loaded
 from .state import ModelState
@@ -71,11 +71,34 @@ class RanksFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the other tensors, in order."""
+        """Gradients of the other tensors, in order. Under ``create_graph=True`` they refuse to be differentiated again."""
         call: Call = ctx.call
-        return (None, *call.backward(tangents))
+        with torch.no_grad():
+            gradients = call.backward(tangents)
+        if torch.is_grad_enabled():
+            places = [i for i, value in enumerate(gradients) if value is not None]
+            guarded = _FirstDerivatives.apply(*(gradients[i].detach().requires_grad_() for i in places))  # type: ignore[no-untyped-call, union-attr]
+            for i, value in zip(places, guarded, strict=True):
+                gradients[i] = value
+        return (None, *gradients)
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    """The identity, for gradients whose own gradient nobody computes: without it a penalty on them would vanish in silence."""
+
+    @staticmethod
+    def forward(_: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """The gradients as they are."""
+        return tuple(value.view_as(value) for value in gradients)
+
+    @staticmethod
+    def backward(_: Any, *__: Tensor) -> NoReturn:
+        """Raises UnsupportedError."""
+        raise UnsupportedError(
+            "a gradient of a parallel module was differentiated again (create_graph=True, a gradient penalty): only first "
+            "derivatives are computed on the ranks; compute that term with the plain model, which has the same parameters"
+        )
 
 
 def _release_with(call: Call) -> Tensor:

@@ -55,6 +55,8 @@ def engine_opener(engine: str | Engine, mesh: Mesh, *, inductor: bool = False, t
         case str():
             raise InputError(f"engine must be one of {', '.join(ENGINES)} or an Engine; found {engine!r}")
     given = engine
+    if isinstance(given, type) or not all(hasattr(given, name) for name in ("mesh", "load", "forward", "backward", "close")):
+        raise InputError(f"engine must be one of {', '.join(ENGINES)} or an Engine; found {given!r}")
     if given.mesh != mesh:
         raise InputError(f"the engine was made for mesh {given.mesh}, the module asks for {mesh}")
     return lambda: given

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 _SESSION = "_hocket_session"
+_ORIGINAL = "_hocket_original"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -68,13 +70,26 @@ class ParallelModule(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the model that is run too, so that ``m.scale = 2`` means what it says."""
+        super().__setattr__(name, value)
+        original = self.__dict__.get(_ORIGINAL)
+        if original is not None and name in self.__dict__ and name != "training":  # of its mode each face has its own
+            original.__dict__[name] = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if isinstance(self, LazyModule) and _SESSION not in self.__dict__:
+            made = memo[id(self)] = object.__new__(type(self))
+            made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            return made
         raise InputError(
             f"a parallel {type(self).__name__} owns running ranks and cannot be copied; copy the module that was given to "
             "hocket.parallelize, or make a new one and load this one's state_dict"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if isinstance(self, LazyModule) and _SESSION not in self.__dict__:
+            return super().__reduce_ex__(protocol)
         raise InputError(
             f"a parallel {type(self).__name__} owns running ranks and cannot be pickled; save its state_dict() "
             "(torch.save(m.state_dict(), path)), which loads into the plain model as well"
@@ -91,7 +106,8 @@ def session_of(module: nn.Module) -> Session:
     """The session behind a parallel module; InputError for any other module."""
     session = module.__dict__.get(_SESSION)
     if session is None and isinstance(module, LazyModule):
-        session = module.__dict__[_SESSION] = type(module).open_session(plain_view(module))
+        module.__dict__[_ORIGINAL] = plain = plain_view(module)
+        session = module.__dict__[_SESSION] = type(module).open_session(plain)
     if session is None:
         raise InputError(f"expected a module returned by hocket.parallelize, found a plain {type(module).__name__}")
     return cast("Session", session)
@@ -104,6 +120,7 @@ def parallel_view(model: nn.Module, session: Session | PipelineSession) -> Paral
     """
     view = _same_state(model, _parallel_class(type(model)))
     view.__dict__[_SESSION] = session
+    view.__dict__[_ORIGINAL] = model
     return cast(ParallelModule, view)
 
 

@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ...runtime.engines.base import Engine
 from ...runtime.mesh import Mesh
 from ..errors import InputError
 from ..plan.tactics import RewriteTactic, Tactic
+from .checks import check_constraints, check_examples, check_level, check_memory, check_model, check_tactics
 from .engines import cluster_of, engine_opener
 from .hall import Options
 from .module import ParallelModule, lazy_class, parallel_view
@@ -28,14 +28,14 @@ Model = TypeVar("Model", bound=nn.Module)
 def parallelize(
     model: nn.Module,
     mesh: str | int | Mesh,
-    example_args: tuple[Any, ...] = (),
+    example_args: tuple[Any, ...] | Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     tactics: Sequence[Tactic | RewriteTactic] | str = "auto",
     engine: str | Engine = "local",
     constraints: Mapping[str, Any] | None = None,
     verify: str | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     inductor: bool = False,
     transport: str = "auto",
 ) -> ParallelModule:
@@ -43,7 +43,7 @@ def parallelize(
 
     model: an ordinary module; it shares its parameters and buffers with the result and stays usable beside it.
     mesh: ``"tp=2"``, ``"dp=2,tp=2"``, or a number of ranks.
-    example_args, example_kwargs: inputs of one call, to compile now rather than at the first call.
+    example_args, example_kwargs: inputs of one call, to compile now rather than at the first call; a tensor stands for ``(x,)``.
     tactics: ``"auto"``, or a list such as ``[DataParallel("dp"), TensorParallel("tp")]``; the planner decides what it leaves open.
     A ``Rewrites(before=..., after=...)`` among them adds passes of your own.
     A mesh axis ``pp`` makes a pipeline of the model, see ``PipelineParallel``: train it with ``train_step``.
@@ -51,8 +51,8 @@ def parallelize(
     one rank, started by torchrun or SLURM), or an engine of your own.
     constraints: parameter or input name (globs) -> placements, such as ``{"layers.*.up.weight": "tp:S(0)"}``.
     verify: how much to prove after every pass, "off", "types", "float", "ring" or "full"; None asks the environment variable
-    HOCKET_VERIFY. memory_limit: most bytes a rank may hold at once: parameters, inputs, saved activations, gradients, and the
-    optimizer's state in ``hocket.train_step`` (an optimizer of your own is outside the ranks).
+    HOCKET_VERIFY. memory_limit: most bytes, or "8GB", that a rank may hold at once: parameters, inputs, saved activations,
+    gradients, and the optimizer's state in ``hocket.train_step`` (an optimizer of your own is outside the ranks).
     inductor: whether the ranks compile what lies between two collectives with torch's Inductor. Needs a C++ compiler; results
     agree up to rounding. Compiling takes seconds to minutes the first time; ``explain()`` says what was compiled.
     transport: how the processes of engine ``"local"`` talk: ``"auto"``, or a network to emulate with its latency and bandwidth,
@@ -64,6 +64,7 @@ def parallelize(
     Raises InputError for arguments that cannot be right, CaptureError where the model cannot be traced, PlanError where the
     constraints contradict each other, VerificationError where a rewrite is not proven, RunError where a rank fails.
     """
+    example_args, example_kwargs = check_examples(example_args, example_kwargs)
     options = {"constraints": constraints, "memory_limit": memory_limit, "inductor": inductor, "transport": transport}
     order = pipelined_order(model, mesh, {**options, "tactics": tactics, "verify": verify})
     session: Session | PipelineSession
@@ -83,7 +84,7 @@ def parallelize(
         )
     if example_args or example_kwargs:
         try:
-            session.prepare(tuple(example_args), dict(example_kwargs or {}), mode=model.training)
+            session.prepare(example_args, dict(example_kwargs), mode=model.training)
         except BaseException:
             session.close()
             raise
@@ -93,10 +94,10 @@ def parallelize(
 def pipelined_order(model: nn.Module, mesh: str | int | Mesh, options: Mapping[str, Any]) -> PipelineOrder | None:
     """What the arguments of ``parallelize`` ask of a pipeline, None where they ask for none. InputError for options it has not."""
     shape = Mesh.parse(mesh)
-    order = pipeline_order(model, shape, _check_tactics(options.get("tactics", "auto")), options.get("verify"))
+    order = pipeline_order(model, shape, check_tactics(options.get("tactics", "auto")), options.get("verify"))
     if order is None:
         return None
-    _check_model(model)
+    check_model(model)
     unknown = set(options) - set(inspect.signature(open_session).parameters)
     if unknown:
         raise InputError(f"a pipeline has no option {sorted(unknown)[0]!r}; see hocket.parallelize and PipelineParallel")
@@ -117,24 +118,24 @@ def open_session(
     engine: str | Engine = "local",
     constraints: Mapping[str, Any] | None = None,
     verify: str | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     inductor: bool = False,
     transport: str = "auto",
 ) -> Session:
     """Check the arguments of ``parallelize`` and open a session on a fresh engine; nothing is compiled yet."""
-    _check_model(model)
+    check_model(model)
     shape = Mesh.parse(mesh)
-    if pipeline_order(model, shape, _check_tactics(tactics)) is not None:
+    if pipeline_order(model, shape, check_tactics(tactics)) is not None:
         raise InputError(f"a pipeline (mesh {shape}) is opened by hocket.parallelize, and trained with its train_step(...)")
     attached = engine == "attach"
     options = Options(
         mesh=shape,
-        tactics=_check_tactics(tactics),
-        constraints=constraints,
-        memory_limit=memory_limit,
+        tactics=check_tactics(tactics),
+        constraints=check_constraints(constraints),
+        memory_limit=check_memory(memory_limit),
         outputs="replicate" if attached else "any",
         gradients="like-params" if attached else "any",
-        level=verify,
+        level=check_level(verify),
         cluster=cluster_of(engine, transport),
     )
     open_engine = engine_opener(engine, shape, inductor=inductor, transport=transport)
@@ -150,6 +151,8 @@ def parallel(mesh: str | int | Mesh, **options: Any) -> Callable[[type[Model]], 
     Takes the keyword arguments of ``parallelize``. The decorated class is a subclass of the original one.
     """
 
+    if isinstance(mesh, type):
+        raise InputError(f'expected a mesh: write @hocket.parallel(mesh="tp=2") above class {mesh.__name__}')
     Mesh.parse(mesh)
     unknown = set(options) - set(inspect.signature(open_session).parameters)
     if unknown:
@@ -161,38 +164,3 @@ def parallel(mesh: str | int | Mesh, **options: Any) -> Callable[[type[Model]], 
         return cast(type[Model], lazy_class(cls, functools.partial(open_session, mesh=mesh, **options)))
 
     return decorate
-
-
-def _check_model(model: object) -> None:
-    if isinstance(model, type):
-        raise InputError(
-            f"expected an nn.Module, found the class {model.__name__}; make an instance first, or use @hocket.parallel"
-        )
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected an nn.Module, found {type(model).__name__}")
-    if isinstance(model, ParallelModule):
-        raise InputError("this module is parallel already; pass the one it was made from")
-    devices = {
-        t.device.type for t in pytree.tree_leaves((list(model.parameters()), list(model.buffers()))) if isinstance(t, Tensor)
-    }
-    if "meta" in devices:
-        raise InputError(
-            "the model has parameters on the meta device; materialise them first (model.to_empty(device='cpu') and load)"
-        )
-    if len(devices) > 1:
-        raise InputError(
-            f"expected all parameters and buffers on one kind of device, found {', '.join(sorted(devices))}; move the model"
-        )
-
-
-def _check_tactics(tactics: object) -> Sequence[Tactic | RewriteTactic] | str:
-    if isinstance(tactics, str):
-        if tactics != "auto":
-            raise InputError(f'tactics must be "auto" or a list such as [TensorParallel("tp")]; found {tactics!r}')
-        return tactics
-    if not isinstance(tactics, Sequence):
-        raise InputError(f'tactics must be "auto" or a list such as [TensorParallel("tp")]; found {type(tactics).__name__}')
-    for tactic in tactics:
-        if not isinstance(tactic, Tactic | RewriteTactic):
-            raise InputError(f'tactics holds {tactic!r}, which is no tactic; expected such as TensorParallel("tp")')
-    return tactics

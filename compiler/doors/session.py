@@ -83,7 +83,7 @@ class Session:
         self.check_open()
         moved = self.state.changed()
         if moved:
-            log.warning("hocket: %s was replaced since the last call: compiling again", moved)
+            log.warning("hocket: %s was changed since the last call: compiling again", moved)
             self._specialisations.clear()
         model = self.state.captured
         with _mode(model, training=mode):

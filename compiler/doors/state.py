@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..layout import Layout, global_slices
 from ..program import RoleKind
 from .hall import Compiled
-from .watch import StateWatch, state_of
+from .watch import StateWatch, copy_attributes, state_of
 
 Named = Mapping[tuple[str, str], Tensor]
 """(kind, qualified name) -> tensor."""
@@ -50,7 +50,7 @@ class ModelState(Protocol):
         ...
 
     def changed(self) -> str:
-        """Name of a tensor that the user has replaced since ``watch``, "" if none."""
+        """Name of a tensor, submodule or attribute that the user has replaced since ``watch``, "" if none."""
         ...
 
 
@@ -152,8 +152,17 @@ class PiecewiseState:
         return self._as_dtensor(value, tuple(parameter.placements), parameter)
 
     def changed(self) -> str:
-        """See ``ModelState``."""
-        return self._watch.changed() if self._watch is not None else ""
+        """See ``ModelState``. InputError where a submodule was replaced: its parameters are not distributed."""
+        if self._watch is None:
+            return ""
+        replaced = self._watch.changed_submodule()
+        if replaced:
+            raise InputError(
+                f"submodule {replaced} was replaced after the model was distributed; change the model before its first call"
+            )
+        if self._watch.changed_attribute():
+            copy_attributes(self._model, self.captured)
+        return self._watch.changed()
 
     def watch(self) -> None:
         """See ``ModelState``."""

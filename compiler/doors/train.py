@@ -20,14 +20,15 @@ from ..errors import InputError
 from ..plan.tactics import capturing
 from ..program import Program
 from ..retrace import Retrace
+from .checks import check_examples
 from .hall import Compiled, compile_program
 from .loaded import Loaded
 from .parallelize import open_session, pipelined_order
 from .pipeline.train import PipelineTrainStep
-from .resident_state import ResidentState
+from .resident_state import ResidentState, settings_of
 from .session import Session
 from .threads import single_threaded
-from .watch import state_of
+from .watch import StateWatch, state_of
 
 log = logging.getLogger("hocket")
 
@@ -36,7 +37,8 @@ class TrainStep:
     """One call is one step: ``loss = step(x, y)``. Parameters, buffers and optimizer state are updated in place.
 
     ``optimizer.state_dict()`` and ``model.state_dict()`` stay true, and a learning-rate scheduler works: it changes
-    ``optimizer.param_groups`` as ever. Other hyper-parameters are baked in when the step is compiled.
+    ``optimizer.param_groups`` as ever. Other hyper-parameters are constants of the program: a step that finds one changed is
+    compiled anew, and says so (``OneCycleLR`` and ``CyclicLR`` change one in every step unless ``cycle_momentum=False``).
     """
 
     def __init__(
@@ -52,9 +54,15 @@ class TrainStep:
         self._loss = loss
         self._clip_norm = clip_norm
         self._steps: Specialisations[Loaded] = Specialisations(capacity)
-        model = session.state.captured
-        self._state = ResidentState(model, optimizer, initial_state(model, optimizer))
+        self._adopt()
+        self._watch: StateWatch | None = None
         self.latest: Loaded | None = None
+
+    def _adopt(self) -> None:
+        """Take the optimizer as it is now."""
+        model = self.session.state.captured
+        self._state = ResidentState(model, self.optimizer, initial_state(model, self.optimizer))
+        self._settings, self._members = settings_of(self.optimizer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one step on this batch and return the loss, a scalar tensor without gradient."""
@@ -71,10 +79,27 @@ class TrainStep:
         return loss
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loaded:
-        """Compile for this form of call, if it is new."""
+        """Compile for this form of call, if it is new, and anew where the model or the optimizer's settings have changed."""
         self.session.check_open()
+        self._notice_changes()
         self.latest = self._steps.get(self.session.state.captured, args, kwargs, training=True, make=self._compile)
         return self.latest
+
+    def _notice_changes(self) -> None:
+        settings, members = settings_of(self.optimizer)
+        if members != self._members:
+            raise InputError(
+                "the parameters of the optimizer are not those that it had when hocket.train_step was called; make a new one "
+                "after add_param_group"
+            )
+        moved = self._watch.changed() if self._watch is not None else ""
+        for key in settings:
+            if settings[key] != self._settings[key]:
+                moved = "{1} of the optimizer's group {0}".format(*key)
+        if moved:
+            log.warning("hocket: %s was changed since the last step: compiling again", moved)
+            self._steps.clear()
+            self._adopt()
 
     @single_threaded
     def _compile(self, _: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loaded:  # noqa: FBT001 (a callback)
@@ -90,7 +115,9 @@ class TrainStep:
         retrace = Retrace(model, args, kwargs, step=step)
         compiled = compile_program(program, self.session.options, retrace=retrace).timed(capture=captured)
         tensors = {**state_of(model), **{("state", name): tensor for name, tensor in self._state.tensors.items()}}
-        return Loaded(self.session.engine, compiled, tensors)
+        loaded = Loaded(self.session.engine, compiled, tensors)
+        self._watch = StateWatch(model)
+        return loaded
 
     @property
     def compiled(self) -> Compiled:
@@ -121,7 +148,7 @@ def train_step(
     model: nn.Module,
     mesh: str | int | Mesh,
     optimizer: Optimizer,
-    example_args: tuple[Any, ...] = (),
+    example_args: tuple[Any, ...] | Tensor = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     loss: Callable[[Any], Tensor] | None = None,
@@ -137,6 +164,7 @@ def train_step(
     those of ``hocket.parallelize``; UnsupportedError for an optimizer that couples parameters.
     """
     check_clip_norm(clip_norm)
+    example_args, example_kwargs = check_examples(example_args, example_kwargs)
     step: TrainStep | PipelineTrainStep
     pipelined = pipelined_order(model, mesh, options)
     if pipelined is not None:
@@ -152,7 +180,7 @@ def train_step(
             raise
     try:
         if example_args or example_kwargs:
-            step.prepare(tuple(example_args), dict(example_kwargs or {}))
+            step.prepare(example_args, example_kwargs)
     except BaseException:
         step.close()
         raise

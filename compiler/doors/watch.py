@@ -1,18 +1,28 @@
-"""Notices when the user has put other tensors behind a module's names since the ranks were told where to read."""
+"""Notices when a module is no longer what it was when the ranks were told of it: other tensors, submodules or attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+_OWN = frozenset(nn.Module().__dict__)
+"""What every module has: its mode, its tables of tensors, submodules and hooks."""
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Types of attributes that are compared by value."""
+
 
 class StateWatch:
-    """Remembers every parameter and buffer of a module and where its memory is; ``changed`` names the first that moved.
+    """Remembers every parameter and buffer of a module and where its memory is, every submodule, and every attribute.
 
-    In-place changes (an optimizer step, ``load_state_dict``) are seen by the ranks as they happen and need no watching. What does:
-    ``p.data = other``, ``load_state_dict(assign=True)``, ``module.to(dtype)``, a submodule's parameter replaced or frozen.
+    In-place changes of tensors (an optimizer step, ``load_state_dict``) are seen by the ranks as they happen and need no watching.
+    What does: ``p.data = other``, ``load_state_dict(assign=True)``, ``module.to(dtype)``, a parameter replaced or frozen, another
+    submodule, and another value of an attribute (``model.dropout.p = 0.2``), since programs hold attributes as constants. What is
+    inside lists, dicts and other objects is not looked at.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -23,14 +33,72 @@ class StateWatch:
             (owner._buffers, name, f"{prefix}{name}", *_identity(tensor))
             for prefix, owner, name, tensor in _slots(module, buffers=True)
         ]
+        parts = [(f"{path}." if path else "", owner) for path, owner in module.named_modules()]
+        self._children = [(owner._modules, list(owner._modules.items()), prefix) for prefix, owner in parts if owner._modules]
+        self._attributes = [_Attributes(owner, prefix) for prefix, owner in parts if set(owner.__dict__) - _OWN]
 
     def changed(self) -> str:
-        """Qualified name of the first tensor that is not what it was, "" if none."""
+        """Qualified name of the first thing that is not what it was, "" if none."""
         for table, key, name, tensor, address, requires_grad in self._seen:
             now = table.get(key)
             if now is not tensor or (now is not None and (_address(now) != address or now.requires_grad != requires_grad)):
                 return name
+        return self.changed_submodule() or self.changed_attribute()
+
+    def changed_submodule(self) -> str:
+        """Qualified name of the first submodule that was added, replaced or taken away, "" if none."""
+        for children, before, prefix in self._children:
+            if list(children.items()) != before:
+                return prefix + _first_difference(dict(before), children)
         return ""
+
+    def changed_attribute(self) -> str:
+        """Qualified name of the first attribute that has another value, "" if none."""
+        return next((found for one in self._attributes if (found := one.changed())), "")
+
+
+class _Attributes:
+    """The attributes of one module that its class or its user gave it. Looked at in every call, so all at once."""
+
+    def __init__(self, owner: nn.Module, prefix: str) -> None:
+        self._table = owner.__dict__
+        self._prefix = prefix
+        self._before = {name: value for name, value in owner.__dict__.items() if name not in _OWN}
+        self._plain = _Values([name for name, value in self._before.items() if isinstance(value, _PLAIN)], self._table)
+        self._others = [(name, value) for name, value in self._before.items() if not isinstance(value, _PLAIN)]
+
+    def changed(self) -> str:
+        table = self._table
+        if not self._plain.same(table) or any(table.get(name) is not value for name, value in self._others):
+            return self._prefix + next(
+                name for name, value in self._before.items() if name not in table or _differ(table[name], value)
+            )
+        return ""
+
+
+class _Values:
+    """The values of some names, fetched in one go."""
+
+    def __init__(self, names: list[str], table: dict[str, Any]) -> None:
+        self._fetch: Callable[[dict[str, Any]], Any] = operator.itemgetter(*names) if names else lambda _: ()
+        self._before = self._fetch(table)
+
+    def same(self, table: dict[str, Any]) -> bool:
+        try:
+            return bool(self._fetch(table) == self._before)
+        except (KeyError, RuntimeError, ValueError, TypeError):  # gone, or something that does not compare, such as a tensor
+            return False
+
+
+def _differ(now: Any, before: Any) -> bool:
+    if isinstance(before, _PLAIN) and isinstance(now, _PLAIN):
+        return bool(now != before)
+    return now is not before
+
+
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = (name for name in {**before, **now} if before.get(name) is not now.get(name))
+    return next(names, next(iter(now), ""))  # the same ones in another order: the first stands for all
 
 
 def state_of(module: nn.Module) -> dict[tuple[str, str], Tensor]:
@@ -43,6 +111,13 @@ def state_of(module: nn.Module) -> dict[tuple[str, str], Tensor]:
         for name, tensor in items:
             found[kind, name] = tensor
     return found
+
+
+def copy_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Give a copy of a module the plain attributes that the original has by now."""
+    for path, owner in source.named_modules():
+        table = target.get_submodule(path).__dict__
+        table.update({name: value for name, value in owner.__dict__.items() if name not in _OWN and isinstance(value, _PLAIN)})
 
 
 def _slots(module: nn.Module, *, buffers: bool) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
