@@ -27,12 +27,13 @@ PRINTS = {
     "pipeline_schedule": ("1F1B takes", "no schedule of these stages is faster than"),
     "quickstart": ("step 4  loss", "up.weight: S(0) on tp"),
     "sample": ("the same samples: True", "InputError: cond's parameters of position"),
+    "sample_groups": ("144 positions in no more sweeps than groups: True", "the same samples: True"),
     "sequential": ("a chain of 64 steps of", "gradients like the loop's: True"),
     "time_ranks": ("each rank runs a segment of the steps: True", "but for rounding: True"),
     "tiles": ("largest difference from the plain model:", "kinds of tile loops:"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
 }
-LOSS_FALLS = ("decorator", "quickstart", "train_step", "torchrun_attach")
+LOSS_FALLS = ("decorator", "quickstart", "train_step", "torchrun_attach", "torchrun_pipeline")
 
 
 def losses(printed: str) -> list[float]:
@@ -51,7 +52,7 @@ def check(name: str, printed: str) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == {*PRINTS, "torchrun_attach"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == {*PRINTS, "torchrun_attach", "torchrun_pipeline"}
 
 
 @pytest.mark.parametrize("name", sorted(PRINTS))
@@ -87,10 +88,17 @@ def test_the_example_in_the_readme_runs() -> None:
     assert names["loss"].item() > 0
 
 
-def test_the_attach_example_runs_under_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torchrun_attach", "up.weight is (64, 32), this rank holds (32, 32) (S(0))"),
+        pytest.param("torchrun_pipeline", "rank 1 holds layers.3.0.bias .. layers.3.0.weight", marks=pytest.mark.slow),
+    ],
+)
+def test_the_attach_examples_run_under_torchrun(name: str, expected: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(EXAMPLES / "torchrun_attach.py")],
+        [*command, str(EXAMPLES / f"{name}.py")],
         capture_output=True,
         text=True,
         timeout=280,
@@ -99,6 +107,6 @@ def test_the_attach_example_runs_under_torchrun(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    check("torchrun_attach", done.stdout)
+    check(name, done.stdout)
     assert "Warning" not in done.stderr, done.stderr
-    assert "up.weight is (64, 32), this rank holds (32, 32) (S(0))" in done.stdout
+    assert expected in done.stdout

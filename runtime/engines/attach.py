@@ -87,10 +87,23 @@ class AttachEngine:
                 timeout=datetime.timedelta(seconds=timeout),
             )
             self._owns_group = True
-        self._agree(str(self.mesh), f"mesh {self.mesh}")  # before groups are made: they would be made of different ranks
+        self.agree(str(self.mesh), f"mesh {self.mesh}")  # before groups are made: they would be made of different ranks
         self._communicator = cast(Communicator, GlooCommunicator(self.mesh, timeout))
 
-    def _agree(self, text: str, what: str) -> None:
+    @property
+    def communicator(self) -> Communicator:
+        """This rank's end of the groups of all axes."""
+        return self._communicator
+
+    def settle(self, text: str) -> str:
+        """The text of rank 0, on every rank; all ranks call it at the same point."""
+        if self.mesh.size == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, text: str, what: str) -> None:
         """CollectiveMismatch, on every rank, unless all ranks pass the same text."""
         if self.mesh.size == 1:
             return
@@ -118,7 +131,7 @@ class AttachEngine:
         for index in ports.bound:
             port = program.inputs[index]
             bound[index] = self._local(port, bindings[(port.kind, port.name)], "binding").detach()
-        self._agree(program.sha256, f"program {program.sha256[:12]}")
+        self.agree(program.sha256, f"program {program.sha256[:12]}")
         ready = load(program, self.rank, device=self.device if self.device.type == "cuda" else None)
         if not self.inductor:
             return AttachHandle(program, FlatExecutor(ready, self._communicator), ports, bound)

@@ -143,7 +143,12 @@ class LocalPipeline:
             "code_of": list(asked.code_of),
             "sharing": asked.sharing,
             "held": [
-                [port.kind, port.name, self._places(b.shared, asked.held.get(port, ())), self._writers(asked.held.get(port, ()))]
+                [
+                    port.kind,
+                    port.name,
+                    self._places(b.shared, asked.held.get(port, ())),
+                    writers(self._inner, asked.held.get(port, ())),
+                ]
                 for port, b in zip(self.bound, self._bindings, strict=True)
             ],
             "given": [
@@ -151,12 +156,12 @@ class LocalPipeline:
                 for blocks, slots in zip(self._given, asked.given, strict=True)
             ],
             "outputs": [
-                [m, stage, name, self._places(block, slots[stage, name].layout), self._writers(slots[stage, name].layout)]
+                [m, stage, name, self._places(block, slots[stage, name].layout), writers(self._inner, slots[stage, name].layout)]
                 for m, (blocks, slots) in enumerate(zip(self._outputs, asked.outputs, strict=True))
                 for (stage, name), block in blocks.items()
             ],
             "gradients": [
-                [*key, self._places(block, asked.gradients[key].layout), self._writers(asked.gradients[key].layout)]
+                [*key, self._places(block, asked.gradients[key].layout), writers(self._inner, asked.gradients[key].layout)]
                 for key, block in self.gradients.items()
             ],
         }
@@ -171,16 +176,6 @@ class LocalPipeline:
             return [self._place(tensor, tensor)]
         return [self._place(piece_of(tensor, layout, self._inner, rank), tensor) for rank in range(self._inner.size)]
 
-    def _writers(self, layout: Layout) -> list[bool]:
-        """Which ranks of a stage write their piece: of those that hold the same one, the first."""
-        mesh = self._inner or Mesh((("alone", 1),))
-        found = []
-        for rank in range(mesh.size):
-            where = mesh.coordinate(rank)
-            same = [axis for axis, placement in zip(mesh.names, layout, strict=False) if shard_dim(placement) is None]
-            found.append(not any(where[axis] for axis in same))
-        return found
-
     def _place(self, piece: torch.Tensor, whole: torch.Tensor) -> list[Any]:
         where = self.engine.arena.locate(piece if piece.numel() else whole)
         assert where is not None, "everything that ranks see lies in shared memory"
@@ -189,3 +184,14 @@ class LocalPipeline:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def writers(inner: Mesh | None, layout: Layout) -> list[bool]:
+    """Which ranks of a stage write their piece: of those that hold the same one, the first."""
+    mesh = inner or Mesh((("alone", 1),))
+    found = []
+    for rank in range(mesh.size):
+        where = mesh.coordinate(rank)
+        same = [axis for axis, placement in zip(mesh.names, layout, strict=False) if shard_dim(placement) is None]
+        found.append(not any(where[axis] for axis in same))
+    return found

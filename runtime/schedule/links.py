@@ -149,7 +149,10 @@ _UNUSED = 2
 
 
 class GlooLink:
-    """Messages through a process group of ``torch.distributed``. members: global rank of every rank of the pipeline."""
+    """Messages through a process group of ``torch.distributed``. members: global rank of every rank of the pipeline.
+
+    Where a peer is gone, or a wait takes longer than the group's timeout, ``take`` and ``finish`` raise RunError.
+    """
 
     def __init__(self, members: Sequence[int], group: dist.ProcessGroup | None = None) -> None:
         self._members = tuple(members)
@@ -181,14 +184,25 @@ class GlooLink:
         """See ``Link``."""
         tensors = []
         for work, buffer, spec in self._posted.pop(tag):
-            work.wait()
+            _finished(work, f"to receive {spec.name}")
             tensors.append(spec.from_wire(buffer))
         return tensors
 
     def finish(self) -> None:
         """See ``Link``."""
         while self._sent:
-            self._sent.pop()[0].wait()
+            _finished(self._sent.pop()[0], "for its messages to leave")
+
+
+def _finished(work: Any, what: str) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        rank = dist.get_rank()
+        raise RunError(
+            f"rank {rank} waited {what} and its peer did not answer ({error}); another rank has failed, see what it printed",
+            rank=rank,
+        ) from error
 
 
 class ShmLink:

@@ -20,7 +20,7 @@ from ..load import load
 from ..mesh import Mesh
 from ..program import RankProgram
 from .instruction import Schedule
-from .links import CommunicatorLink
+from .links import CommunicatorLink, Link
 from .run import PipelineRank
 from .sharing import Sharing, Tie
 from .stage import HELD, Part, Port, Run, StageCode, StageState, ValueSpec
@@ -29,15 +29,23 @@ from .text import parse_schedule
 Place = tuple[int, int, Sequence[int], Sequence[int], str]
 """Segment, byte offset, shape, stride, dtype."""
 
-View = Callable[[Place], torch.Tensor]
+View = Callable[[Any], torch.Tensor]
+"""The tensor at a ``Place``, or at whatever else a request names places by."""
 
 MESSAGES = ("receives", "sends", "receives_back", "sends_back")
 
 
 class ResidentPipeline:
-    """The stages of one rank. view: the tensor at a place of shared memory."""
+    """The stages of one rank. view: the tensor at a place of shared memory; link: of its messages, default: the communicator's."""
 
-    def __init__(self, request: dict[str, Any], communicator: Communicator, view: View, monitor: Monitor | None = None) -> None:
+    def __init__(
+        self,
+        request: dict[str, Any],
+        communicator: Communicator,
+        view: View,
+        monitor: Monitor | None = None,
+        link: Link | None = None,
+    ) -> None:
         inner = None if request["inner"] is None else Mesh(tuple((name, size) for name, size in request["inner"]))
         axis: str = request["axis"]
         rank = communicator.mesh.coordinate(communicator.rank)[axis]
@@ -63,9 +71,9 @@ class ResidentPipeline:
         for state, name, place in self._gradients:
             if not _makes(state.code.optimizer, "gradient", name):
                 state.gradients[name] = place  # it adds up where the controller reads it
-        link = CommunicatorLink(communicator, axis)
         sharing = _sharing(request["sharing"])
-        self._rank = PipelineRank(schedule, rank, self._states, link, eager_weights=inner is None, sharing=sharing)
+        ways = link or CommunicatorLink(communicator, axis)
+        self._rank = PipelineRank(schedule, rank, self._states, ways, eager_weights=inner is None, sharing=sharing)
         self._fresh: list[tuple[Port, torch.Tensor]] = []
 
     def _state(self, descriptions: Sequence[dict[str, Any]], code_of: Sequence[int]) -> StageState:
@@ -97,6 +105,18 @@ class ResidentPipeline:
                     state.held[port] = self._held[port]
                     if port in self._writes:
                         self._fresh.append((port, value))
+
+    def updated(self, stage: int, name: str) -> torch.Tensor:
+        """The new value that a stage of this rank has for what it holds, before ``commit``."""
+        held = self._states[stage].held
+        ports = [Port(kind, name) for kind in ("buffer", "param", "state") if Port(kind, name) in held]
+        return next((value for port, value in self._fresh if port in ports), self._held[ports[0]])
+
+    def learn(self, name: str, value: torch.Tensor) -> None:
+        """Take over at ``commit`` what a stage of another rank has made of something that this rank reads."""
+        known = {port for port, _ in self._fresh}
+        mine = [Port(kind, name) for kind in ("buffer", "param", "state")]
+        self._fresh += [(port, value) for port in mine if port in self._held and port not in known]
 
     def commit(self) -> None:
         """Write the new values of the latest step, once nobody reads the old ones any more."""

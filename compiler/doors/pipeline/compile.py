@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ....passes.backward_split_costs import Costs
 from ....runtime.schedule.instruction import Schedule
+from ....runtime.schedule.text import format_schedule, parse_schedule
 from ....runtime.schedule.verify import peak_memory
 from ...errors import InputError
 from ...passmanager import PassRecord
@@ -85,17 +87,33 @@ def compile_pipeline(order: PipelineOrder, batch: Batch, *, train: bool) -> Comp
     costs = _costs(first)
     reason = ""
     if train and tactic.microbatches == "auto":
-        rows, reason = propose_rows(with_overhead(costs, first), rows, order)
+        rows, reason = _settled_rows(order, *propose_rows(with_overhead(costs, first), rows, order))
     forms = _forms(order, batch, rows, train=train, known=first)
     made = time.perf_counter()
     ordered = tuple(forms[size] for size in sorted(set(rows), reverse=True))
     if ordered[0] is not first:
         costs = _costs(ordered[0])
-    schedule, how = _schedule(order, costs, rows, train=train)
+    schedule, how = _settled_schedule(order, *_schedule(order, costs, rows, train=train))
     if ordered[0].finishes:
         schedule = finishing(schedule)
     seconds = {"capture, passes and proof": made - start, "schedule": time.perf_counter() - made}
     return CompiledPipeline(order, rows, ordered, schedule, costs, how + reason, seconds)
+
+
+def _settled_rows(order: PipelineOrder, rows: tuple[int, ...], reason: str) -> tuple[tuple[int, ...], str]:
+    """Rank 0's choice, where every rank compiles for itself."""
+    if order.agreement is None:
+        return rows, reason
+    found, why = json.loads(order.agreement.settle(json.dumps([rows, reason])))
+    return tuple(found), why
+
+
+def _settled_schedule(order: PipelineOrder, schedule: Schedule, how: str) -> tuple[Schedule, str]:
+    """The same for the schedule, which is searched against the clock."""
+    if order.agreement is None:
+        return schedule, how
+    text, why = json.loads(order.agreement.settle(json.dumps([format_schedule(schedule), how])))
+    return parse_schedule(text), why
 
 
 def _forms(order: PipelineOrder, batch: Batch, rows: Sequence[int], *, train: bool, known: Form | None = None) -> dict[int, Form]:

@@ -32,7 +32,7 @@ from ...stages import ONCE, Pipeline
 from ...verify.report import Status, Verdict
 from .batch import CallArgs
 from .options import PipelineOrder
-from .units import partition, weight_pieces
+from .units import partition, partition_as_before, weight_pieces
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
     lowered, records = run_passes(program, early, context, level=order.level)
     costs = Costs(context.cluster)
     if like is None:
-        forward = partition(lowered, stage_count(order, train=train), costs)
+        forward = _partition(order, lowered, stage_count(order, train=train), costs)
         wanted = order.tactic.pieces if train else 1
         pieces = weight_pieces(lowered, forward, wanted, costs) if wanted > 1 else {}
     else:
@@ -94,6 +94,21 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
         _check_even(pipeline, order.inner, rows)
     passes = (*early, cut)
     return Form(rows, program, lowered, pipeline, joined, (*records, *cut_records), passes, context, forward, pieces)
+
+
+def _partition(order: PipelineOrder, program: Program, stages: int, costs: Costs) -> dict[str, int]:
+    homes = order.agreement.homes if order.agreement is not None else {}
+    if not homes:
+        return partition(program, stages, costs)
+    settled = 1 + max(stage for stages in homes.values() for stage in stages)
+    forward = partition_as_before(program, homes)
+    if stages != settled or set(forward.values()) != set(range(stages)):
+        raise InputError(
+            f"the first form of call has put the parameters on {settled} stages, this one has {stages} (training with schedule "
+            f"{order.tactic.schedule!r} and forwards alone may differ): use a schedule of one stage per rank, or load a checkpoint "
+            "into the plain model for this call"
+        )
+    return forward
 
 
 def stage_count(order: PipelineOrder, *, train: bool) -> int:
@@ -117,7 +132,8 @@ def _capture(order: PipelineOrder, call: CallArgs, share: float, *, train: bool)
 
 
 def _context(order: PipelineOrder, program: Program, like: Form | None) -> Context:
-    cluster, rules = Cluster.current(), RuleTable()
+    cluster = Cluster.current() if order.agreement is None else order.agreement.cluster()
+    rules = RuleTable()
     if order.inner is None:
         return Context(Mesh(((order.tactic.axis, order.ranks),)), rules, cluster)
     chosen: Plan | None = like.context.plan if like is not None else None

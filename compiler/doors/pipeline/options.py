@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ....passes.backward_split import BackwardSplit
 from ....runtime.inner import mesh_without
 from ....runtime.mesh import Mesh
+from ...cost.cluster import Cluster
 from ...errors import InputError
 from ...plan.pipeline.forms import NAMES
 from ...plan.tactics import Auto, DataParallel, RewriteTactic, Tactic, TensorParallel, Zero
@@ -70,12 +71,29 @@ def check_microbatches(wanted: object) -> None:
         )
 
 
+class Agreement(Protocol):
+    """How ranks that compile for themselves come to one result."""
+
+    def settle(self, text: str) -> str:
+        """The text of rank 0."""
+        ...
+
+    def cluster(self) -> Cluster:
+        """What rank 0 believes of its machine."""
+        ...
+
+    @property
+    def homes(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameter -> stages that read it, as the first form of call has settled it; empty before."""
+        ...
+
+
 @dataclass(frozen=True)
 class PipelineOrder:
     """What to compile.
 
     mesh: all axes; placing: tactics of the axes beside the pipeline's; level: how much to prove; optimizer: to run on the stages,
-    None where the caller steps it; clip_norm: see ``capture_step``.
+    None where the caller steps it; clip_norm: see ``capture_step``; agreement: where every rank compiles for itself.
     """
 
     model: nn.Module
@@ -85,6 +103,7 @@ class PipelineOrder:
     level: str | None = None
     optimizer: Optimizer | None = None
     clip_norm: float | None = None
+    agreement: Agreement | None = None
 
     @property
     def ranks(self) -> int:

@@ -9,6 +9,7 @@ and the rest of the loop stay as they are. With ``hocket.train_step`` the optimi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from ...verify.report import Verdict
 from ..engines import engine_opener
 from ..threads import single_threaded
 from ..watch import StateWatch, state_of
+from .attached import AttachedRunner, OwnStages, WorldAgreement, open_attached
 from .batch import Batch, CallArgs
 from .compile import CompiledPipeline, compile_pipeline
 from .options import PipelineOrder
@@ -43,16 +45,25 @@ Ready = tuple[CompiledPipeline, Runner]
 class PipelineSession:
     """One model as a pipeline: what a parallel module asks of a session, and ``train_step``.
 
-    states: optimizer state by name, where the order has an optimizer; capacity: how many forms of call stay loaded.
+    states: optimizer state by name, where the order has an optimizer; capacity: how many forms of call stay loaded; elsewhere:
+    parameters that other ranks update, under a launcher.
     """
 
     def __init__(
         self, order: PipelineOrder, engine: str | Engine, states: Mapping[str, Tensor] | None = None, capacity: int = CAPACITY
     ) -> None:
-        if engine not in ("sim", "local"):
-            raise InputError(f'a pipeline runs on engine "local" (ranks are processes) or "sim"; found {engine!r}')
+        if engine not in ("sim", "local", "attach"):
+            raise InputError(
+                'a pipeline runs on engine "local" (ranks are processes), "attach" (this process is a rank) or "sim"; '
+                f"found {engine!r}"
+            )
         self._open = engine_opener(engine, order.mesh) if engine == "local" else None
         self._engine: Any = None
+        self._own: OwnStages | None = None
+        if engine == "attach":
+            self._engine = open_attached(order.model, order.mesh)
+            self._own = OwnStages(order.model, self._engine)
+            order = dataclasses.replace(order, agreement=WorldAgreement(self._own))
         self.order = order
         self.model = order.model
         self._states = dict(states or {})
@@ -60,6 +71,7 @@ class PipelineSession:
         self._watch: StateWatch | None = None
         self._made: Specialisations[Ready] = Specialisations(capacity, dropped=lambda made: made[1].close())
         self._latest: Ready | None = None
+        self.elsewhere: set[str] = set()
 
     def train_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Forward, loss and backward of a batch; gradients are added to ``.grad``. Returns the loss, without gradient."""
@@ -128,11 +140,15 @@ class PipelineSession:
 
     @single_threaded
     def _make(self, train: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ready:  # noqa: FBT001 (a callback)
-        compiled = compile_pipeline(self.order, Batch(args, kwargs), train=train)
+        with self._own.whole() if self._own is not None else contextlib.nullcontext():
+            compiled = compile_pipeline(self.order, Batch(args, kwargs), train=train)
+        self.elsewhere = self._own.settle(compiled) if self._own is not None else set()
         tensors = {Port(kind, name): tensor for (kind, name), tensor in state_of(self.model).items()}
         tensors.update((Port("state", name), tensor) for name, tensor in self._states.items())
-        if self._open is None:
-            runner: Runner = LoopbackRunner(compiled, {port: tensor.detach() for port, tensor in tensors.items()})
+        if self._own is not None:
+            runner: Runner = AttachedRunner(compiled, tensors, self._own.engine)
+        elif self._open is None:
+            runner = LoopbackRunner(compiled, {port: tensor.detach() for port, tensor in tensors.items()})
         else:
             if self._engine is None:
                 self._engine = self._open()

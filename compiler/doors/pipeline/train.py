@@ -36,12 +36,14 @@ class PipelineTrainStep:
         """Run one step on this batch and return the loss, a scalar tensor without gradient."""
         self._state.refresh()
         _, outputs = self.session.run(self.session.model, args, kwargs, train=True)
+        self._state.leave_out(self.session.elsewhere)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at before they warn of a wrong order
         return loss_in(outputs)
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CompiledPipeline:
         """Compile for this form of call, if it is new."""
         self.session.prepare(args, dict(kwargs), mode=self.session.model.training)
+        self._state.leave_out(self.session.elsewhere)
         return self.compiled
 
     @property

@@ -22,7 +22,7 @@ from ....passes.pipeline_place import place, portable_nodes
 from ...errors import InputError
 from ...plan.pipeline.chain import balance
 from ...plan.pipeline.costs import StageCosts
-from ...program import Phase, Program, copy_program, note
+from ...program import Phase, Program, RoleKind, copy_program, note
 from ...stages import PartKind, StageProgram
 
 MOST_UNITS = 200
@@ -74,6 +74,41 @@ def partition(program: Program, stages: int, costs: Costs) -> dict[str, int]:
     return {name: stage_of[unit] for name, unit in units.of.items()}
 
 
+def partition_as_before(program: Program, homes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Forward node -> stage, with every parameter where it is. homes: parameter -> stages that may read it.
+
+    InputError where the forward reads a parameter of an earlier stage after one of a later.
+    """
+    reads: dict[fx.Node, tuple[int, ...]] = {
+        node: homes[role.name]
+        for role, node in zip(program.signature.inputs, program.placeholders, strict=True)
+        if role.kind is RoleKind.PARAM and role.name in homes
+    }
+    portable = portable_nodes(program)
+    found: dict[str, int] = {}
+    stage = 0
+    for node in program.nodes:
+        if node.op != "call_function" or note(node).phase is not Phase.FORWARD:
+            continue
+        for source in node.all_input_nodes:
+            allowed = reads.get(source)
+            if allowed is None:
+                continue
+            later = [home for home in allowed if home >= stage]
+            if not later:
+                raise InputError(
+                    f"{node.name} reads a parameter of stage {allowed[-1]} after stage {stage} has begun (from "
+                    f"{note(node).source or 'unknown'}): this form of call needs the stages in another order than the first one"
+                )
+            if is_alias(node):
+                reads[node] = allowed  # a view of a parameter: who computes with it decides
+            else:
+                stage = min(later)
+        if not is_alias(node) and node not in portable and node.target is not operator.getitem:
+            found[node.name] = stage
+    return found
+
+
 def weight_pieces(program: Program, forward: Mapping[str, int], count: int, costs: Costs) -> dict[str, int]:
     """Node of a weight gradient -> the piece it belongs to: at most ``count`` pieces a stage, of equal work, in the backward's
     order."""
@@ -114,11 +149,11 @@ def _crossing(calls: Sequence[fx.Node]) -> list[int]:
 
 
 def _narrow_places(crossing: Sequence[int]) -> set[int]:
-    """Positions where something crosses, and no more than at both neighbours; of equal neighbours the first."""
+    """Positions where something crosses, and no more than at both neighbours: in a plain chain of equal layers, all of them."""
     narrow = [
         position
         for position in range(len(crossing) - 1)
-        if 0 < crossing[position] <= crossing[position + 1] and (position == 0 or crossing[position] < crossing[position - 1])
+        if 0 < crossing[position] <= crossing[position + 1] and (position == 0 or crossing[position] <= crossing[position - 1])
     ]
     return set(sorted(narrow, key=lambda position: (crossing[position], position))[: MOST_UNITS - 1])
 

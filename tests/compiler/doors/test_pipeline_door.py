@@ -189,6 +189,19 @@ def test_stages_are_of_equal_work_and_no_call_is_torn_from_its_results() -> None
     assert "1" in owners[1]
 
 
+def test_a_chain_of_equal_layers_is_cut_between_any_two() -> None:
+    """The same number of bytes crosses everywhere, so that no place is narrower than another."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)))
+    tactic = hocket.PipelineParallel(microbatches=2, loss=lambda out: out.square().mean())
+    with hocket.parallelize(model, "pp=2", tactics=[tactic], engine="sim", verify="off") as stages:
+        stages.train_step(torch.randn(4, 8))
+        owners = [{name.split(".")[0] for name in stage.parameters} for stage in session_of(stages).compiled.pipeline.stages]
+    assert owners[0] | owners[1] == {"0", "1", "2", "3"}
+    assert not owners[0] & owners[1]
+    assert len(owners[1]) >= 1
+    assert len(owners[0]) >= 2
+
+
 def test_what_a_pipeline_cannot_do_is_refused_by_name(batch: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(InputError, match="a pipeline takes no memory_limit"):
         hocket.parallelize(Net(), "pp=2", engine="sim", memory_limit=10**6)

@@ -137,7 +137,7 @@ def test_a_loss_beside_the_model_and_a_frozen_parameter() -> None:
         ({"clip_norm": True}, "clip_norm must be a positive number"),
         ({"inductor": True}, "a pipeline takes no inductor"),
         ({"window": 3}, "a pipeline has no option 'window'"),
-        ({"engine": "attach"}, 'a pipeline runs on engine "local"'),
+        ({"engine": "cloud"}, 'a pipeline runs on engine "local"'),
     ],
 )
 def test_senseless_arguments_are_refused(options: dict[str, Any], message: str) -> None:
