@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .compiler.capture import capture
     from .compiler.decoding.drafts import NGramDraft
     from .compiler.decoding.generate import generate
+    from .compiler.decoding.orders import locality_order
     from .compiler.decoding.sample import sample
     from .compiler.doors.jacobi import Jacobi
     from .compiler.doors.overlap import OverlapTiles
@@ -44,6 +45,7 @@ __all__ = [
     "Zero",
     "capture",
     "generate",
+    "locality_order",
     "parallel",
     "parallelize",
     "sample",
@@ -67,6 +69,7 @@ _HOME = {
     "Zero": ".compiler.plan.tactics",
     "capture": ".compiler.capture",
     "generate": ".compiler.decoding.generate",
+    "locality_order": ".compiler.decoding.orders",
     "parallel": ".compiler.doors.parallelize",
     "parallelize": ".compiler.doors.parallelize",
     "sample": ".compiler.decoding.sample",

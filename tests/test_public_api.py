@@ -27,6 +27,7 @@ PUBLIC = [
     "capture",
     "errors",
     "generate",
+    "locality_order",
     "parallel",
     "parallelize",
     "sample",

@@ -138,6 +138,7 @@ class _Loop:
         self.report.sweeps += 1
         self.report.row_sweeps += len(sequences)
         self.report.windows[count] += 1
+        self.report.expected += self.window.expected(count) * len(sequences)
         if not is_single and count == wanted:
             self.window.observe(count, right, time.perf_counter() - start)
 
