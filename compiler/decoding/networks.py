@@ -28,8 +28,8 @@ KEPT_NETS = 4
 class DenseNet:
     """A network that is evaluated whole; the same interface as SlicedNet."""
 
-    def __init__(self, cond: Callable[[Tensor], Tensor], order: Tensor, rows: int, dtype: torch.dtype) -> None:
-        self.inputs = torch.zeros(rows, len(order), dtype=dtype)
+    def __init__(self, cond: Callable[[Tensor], Tensor], order: Tensor, rows: int, like: Tensor) -> None:
+        self.inputs = like.new_zeros(rows, len(order))
         self._cond = cond
         self._order = order
         self._place = order.argsort()
@@ -50,35 +50,41 @@ class DenseNet:
 @dataclass
 class Network:
     """What was found out about a network: its units or image rows, or why there are none; places settled per second by window and
-    rows; networks that are prepared for so many rows and idle."""
+    rows; networks that are prepared for so many rows and idle; its weights, held so that no new one can be taken for an old one."""
 
-    versions: tuple[int, ...]
+    versions: tuple[tuple[int, ...], ...]
     order: Tensor
     parts: Units | Regions | None
     reason: str
     rates: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     nets: dict[int, SlicedNet] = field(default_factory=dict)
+    weights: tuple[Tensor, ...] = ()
 
 
 _NETWORKS: weakref.WeakKeyDictionary[nn.Module, Network] = weakref.WeakKeyDictionary()
 
 
-def network_of(cond: nn.Module, places: Tensor, ranks: Tensor, dtype: torch.dtype) -> Network:
-    versions = tuple(t._version for t in (*cond.parameters(), *cond.buffers()))
+def network_of(cond: nn.Module, places: Tensor, ranks: Tensor, like: Tensor) -> Network:
+    """What is known of a network with its present weights. like: a tensor of its dtype, on its device."""
+    weights = (*cond.parameters(), *cond.buffers())
+    versions = tuple((id(t), t.data_ptr(), t._version) for t in weights)
     known = _NETWORKS.get(cond)
     if known is None or known.versions != versions or not torch.equal(known.order, torch.stack((places, ranks))):
-        known = _NETWORKS[cond] = _analysed(cond, places, ranks, dtype)
-        known.versions, known.order = versions, torch.stack((places, ranks))
+        known = _NETWORKS[cond] = _analysed(cond, places, ranks, like)
+        known.versions, known.order, known.weights = versions, torch.stack((places, ranks)), weights
     return known
 
 
-def _analysed(cond: nn.Module, places: Tensor, ranks: Tensor, dtype: torch.dtype) -> Network:
-    example = torch.zeros(ROWS, len(places), dtype=dtype)
+def _analysed(cond: nn.Module, places: Tensor, ranks: Tensor, like: Tensor) -> Network:
+    example = like.new_zeros(ROWS, len(places))
     out = cond(example)
     if not isinstance(out, Tensor) or out.shape[:2] != example.shape:
         found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise InputError(f"cond must return parameters [rows, positions, ...], here [{ROWS}, {len(places)}, ...]; found {found}")
     firsts = torch.searchsorted(ranks, ranks)  # the first place of each place's group
+    if example.device.type != "cpu":
+        _check_causal(cond, example, places, firsts)
+        return Network((), places, None, f"slices of it are evaluated on CPUs only, and it is on {example.device}")
     try:
         program = capture(cond, (example,), train=False)
         tensors = {**dict(cond.named_parameters(remove_duplicate=False)), **dict(cond.named_buffers(remove_duplicate=False))}
@@ -105,26 +111,27 @@ def _regions(program: Program, tensors: dict[str, Tensor], places: Tensor, first
     return find_regions(program, tensors, len(places))
 
 
-def evaluator(known: Network, cond: nn.Module, rows: int, dtype: torch.dtype) -> SlicedNet | RegionNet | DenseNet:
+def evaluator(known: Network, cond: nn.Module, rows: int, like: Tensor) -> SlicedNet | RegionNet | DenseNet:
+    """What evaluates the network for windows of a batch of so many rows."""
     match known.parts:
         case Units():
-            net = known.nets.pop(rows, None) or SlicedNet(known.parts, rows, dtype)
+            net = known.nets.pop(rows, None) or SlicedNet(known.parts, rows, like.dtype)
             net.restart()
             return net
         case Regions():
-            return RegionNet(known.parts, rows, dtype)
-    return DenseNet(cond, known.order[0], rows, dtype)
+            return RegionNet(known.parts, rows, like.dtype)
+    return DenseNet(cond, known.order[0], rows, like)
 
 
 def _check_causal(cond: nn.Module, example: Tensor, places: Tensor, firsts: Tensor) -> None:
     """Change some positions and see that no parameters generated up to then change. A sample of them: a check, not a proof."""
     generator = torch.Generator().manual_seed(0)
-    base = torch.rand(example.shape, generator=generator).to(example.dtype)
+    base = torch.rand(example.shape, generator=generator).to(example)
     expected = cond(base)[:, places]
     for place in torch.randint(len(places), (8,), generator=generator).tolist():
         changed = base.clone()
         changed[:, places[place]] += 1.0
-        moved = (cond(changed)[:, places] != expected).reshape(ROWS, len(places), -1).any(dim=2).any(dim=0)
+        moved = (cond(changed)[:, places] != expected).reshape(ROWS, len(places), -1).any(dim=2).any(dim=0).cpu()
         early = (moved & (firsts <= place)).nonzero().flatten().tolist()
         if early:
             raise InputError(_not_causal(int(places[early[0]]), int(places[place])))

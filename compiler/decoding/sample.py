@@ -63,10 +63,10 @@ def sample(
     """
     rows, positions = _check(cond, noise, window, tolerance)
     ranks, places = _ranks(order, positions)
-    dtype = next((p.dtype for p in cond.parameters() if p.is_floating_point()), torch.float32)
+    like = _like(cond, noise)
     start, begin = time.perf_counter(), clock()
-    known = network_of(cond, places, ranks, dtype)
-    net = evaluator(known, cond, rows, dtype)
+    known = network_of(cond, places, ranks, like)
+    net = evaluator(known, cond, rows, like)
     size = window if isinstance(window, int) else _window(known, rows, positions)
     exact = (
         "as place by place, bit for bit where values are from a finite set" if tolerance == 0 else f"changes below {tolerance:g}"
@@ -150,6 +150,14 @@ def _ranks(order: Tensor | Sequence[int] | Sequence[Sequence[int]] | None, posit
             f"order must hold each of the {positions} positions once; found {len(flat)} entries, {len(set(flat))} different"
         )
     return torch.tensor([rank for rank, group in enumerate(groups) for _ in group]), torch.tensor(flat)
+
+
+def _like(cond: nn.Module, noise: Tensor) -> Tensor:
+    """An empty tensor of the network's dtype, on its device."""
+    weight = next((p for p in cond.parameters() if p.is_floating_point()), None)
+    if weight is not None and weight.device != noise.device:
+        raise InputError(f"noise must be where cond is, on {weight.device}; found it on {noise.device}")
+    return noise.new_empty(0, dtype=torch.float32 if weight is None else weight.dtype)
 
 
 def _check(cond: object, noise: object, window: int | str, tolerance: float) -> tuple[int, int]:

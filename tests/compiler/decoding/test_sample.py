@@ -189,3 +189,24 @@ def test_a_network_evaluated_whole_that_looks_ahead_is_refused() -> None:
 
     with pytest.raises(InputError, match="depend on position"):
         hocket.sample(Ahead().eval(), bernoulli, torch.randn(2, 20))
+
+
+def test_weights_that_were_replaced_are_seen() -> None:
+    made, noise = Made(12, [16], 1, seed=0).eval(), torch.randn(4, 12, 1, generator=torch.Generator().manual_seed(0))
+    draw = lambda parameters, given: (given[..., 0] < parameters[..., 0]).float()  # noqa: E731
+    before = hocket.sample(made, draw, noise).x
+    other = Made(12, [16], 1, seed=0)
+    for layer, new in zip(made.layers, other.layers, strict=True):
+        layer.weight = nn.Parameter(-new.weight.detach())  # as many changes as the old one has seen: none
+    after = hocket.sample(made, draw, noise).x
+    expected = torch.zeros(4, 12)
+    with torch.no_grad():
+        for position in range(12):
+            expected[:, position] = draw(made(expected), noise)[:, position]
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+def test_noise_on_another_device_than_the_network_is_refused() -> None:
+    with pytest.raises(InputError, match="noise must be where cond is, on meta"):
+        hocket.sample(Made(12, [16], 1, seed=0).eval().to("meta"), lambda p, _: p, torch.randn(4, 12, 1))
