@@ -6,9 +6,8 @@ import argparse
 import copy
 import itertools
 import json
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from ..demo.race import race
 from ..doors.hall import Compiled, Options, compile_program, run_exactly
 from ..doors.module import session_of
 from ..doors.parallelize import parallelize
+from ..doors.pipeline.compile import CompiledPipeline
 from ..doors.threads import single_threaded
 from ..errors import InputError, VerificationError
-from ..plan import tactics
-from ..plan.tactics import Tactic
 from ..report.rows import activation_groups, decision_row, parameter_groups
 from ..report.text import captured, decisions_table, every_decision, passes_table, plan_table
 from ..retrace import Retrace
@@ -35,16 +33,9 @@ from ..verify.standalone import verify as prove
 from ..verify.tracing import trace_ranks
 from .conclusion import conclude
 from .doctor import examine
+from .stages import compile_stages, pipelined, prove_stages, show_stages
+from .tactics import parse_tactics
 from .target import Target, load_target
-
-_TACTIC = re.compile(r"(\w+)\((\w+)(?:,\s*(?:stage=)?(\d))?\)")
-_TACTICS = {
-    "Auto": tactics.Auto,
-    "DataParallel": tactics.DataParallel,
-    "SequenceParallel": tactics.SequenceParallel,
-    "TensorParallel": tactics.TensorParallel,
-    "Zero": tactics.Zero,
-}
 
 
 def demo(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -56,6 +47,8 @@ def demo(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Capture and plan; run nothing."""
+    if pipelined(arguments):
+        return show_stages(_stages(arguments), arguments, console)
     compiled = _compile(arguments, level="off")
     console.print(captured(compiled), plan_table(compiled))
     return _facts(compiled)
@@ -63,6 +56,8 @@ def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def explain(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Every decision, and the program on request."""
+    if pipelined(arguments):
+        return show_stages(_stages(arguments), arguments, console)
     compiled = _compile(arguments, level=None)
     console.print(captured(compiled), passes_table(compiled), decisions_table(every_decision(compiled), arguments.topic))
     if arguments.code:
@@ -76,6 +71,8 @@ def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Prove the sharded program, or that another module is equal; exit status 1 where the level does not show what it can."""
     if arguments.against:
         return _verify_against(arguments, console)
+    if pipelined(arguments):
+        return prove_stages(_stages(arguments), arguments, console)
     compiled = _compile(arguments, level=arguments.level)
     console.print(captured(compiled), passes_table(compiled))
     for record in compiled.records:
@@ -134,9 +131,9 @@ def _layout(text: str) -> tuple[str, str]:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Train on real local ranks beside plain torch, on one fixed batch."""
-    target, mesh = _target(arguments), Mesh.parse(arguments.mesh)
+    target, mesh = _trainable(arguments), Mesh.parse(arguments.mesh)
     plain = copy.deepcopy(target.model)
-    options: dict[str, Any] = {"tactics": _tactics(arguments.tactic), "inductor": arguments.inductor}
+    options: dict[str, Any] = {"tactics": parse_tactics(arguments.tactic), "inductor": arguments.inductor}
     with parallelize(target.model, mesh, target.args, target.kwargs, **options) as parallel:
         session = session_of(parallel)
         console.print(captured(session.compiled), passes_table(session.compiled))
@@ -187,6 +184,25 @@ def doctor(_: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"findings": rows, "ok": all(f.state != "broken" for f in findings)}
 
 
+def _trainable(arguments: argparse.Namespace) -> Target:
+    """The target of ``run``, which trains: refused before anything starts where that cannot be."""
+    if pipelined(arguments):
+        raise InputError(
+            "hocket run trains without stages; for a mesh with an axis pp see hocket plan and hocket verify, and train with "
+            "hocket.train_step"
+        )
+    if arguments.trace and not Path(arguments.trace).absolute().parent.is_dir():
+        raise InputError(f"--trace {arguments.trace}: there is no folder {Path(arguments.trace).absolute().parent}")
+    target = _target(arguments)
+    if not any(parameter.requires_grad for parameter in target.model.parameters()):
+        raise InputError(f"{target.label} has no parameters to train; hocket plan and hocket verify take it with --inference")
+    return target
+
+
+def _stages(arguments: argparse.Namespace) -> CompiledPipeline:
+    return compile_stages(_target(arguments), arguments, parse_tactics(arguments.tactic))
+
+
 def _target(arguments: argparse.Namespace) -> Target:
     return load_target(arguments.target, arguments.input)
 
@@ -203,26 +219,8 @@ def _compile(arguments: argparse.Namespace, *, level: str | None) -> Compiled:
     return compiled.timed(capture=traced)
 
 
-def _tactics(texts: Sequence[str]) -> list[Tactic] | str:
-    return [_tactic(text) for text in texts] or "auto"
-
-
-def _tactic(text: str) -> Tactic:
-    match = _TACTIC.fullmatch(text)
-    if match is None or match[1] not in _TACTICS:
-        raise InputError(
-            f"--tactic {text!r}: expected one of {', '.join(f'{name}(axis)' for name in _TACTICS)}, such as DataParallel(dp)"
-        )
-    kind, axis, stage = match.groups()
-    if stage is None:
-        return _TACTICS[kind](axis)
-    if kind != "Zero":
-        raise InputError(f"--tactic {text!r}: only Zero has stages, such as Zero(dp, 3)")
-    return tactics.Zero(axis, stage=int(stage))
-
-
 def _options(arguments: argparse.Namespace, *, level: str | None) -> Options:
-    return Options(mesh=Mesh.parse(arguments.mesh), tactics=_tactics(arguments.tactic), level=level)
+    return Options(mesh=Mesh.parse(arguments.mesh), tactics=parse_tactics(arguments.tactic), level=level)
 
 
 def _any_loss(result: Any) -> torch.Tensor:

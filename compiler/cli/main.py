@@ -38,6 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if facts.get("ok", True) else 1
 
 
+def _count(text: str) -> int:
+    """A positive number for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    """A learning rate for argparse."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a learning rate of at least 0, found {text!r}")
+    return rate
+
+
 def _command(name: str) -> Command:
     from . import commands
 
@@ -66,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", parents=[common], help="train a small Llama on two local ranks, prove it, show every pass")
     demo.add_argument("--mesh", default="d=2", help="ranks to use (default: %(default)s, the axis left to the planner)")
-    demo.add_argument("--steps", type=int, default=60, help="training steps (default: %(default)s)")
+    demo.add_argument("--steps", type=_count, default=60, help="training steps (default: %(default)s)")
     demo.add_argument("--out", default="artefacts", help="folder for the generated program and the trace (default: %(default)s)")
 
     model = argparse.ArgumentParser(add_help=False)
@@ -93,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, parents=[common, model], help=text, description=text) for name, text in about.items()}
     made["explain"].add_argument("topic", nargs="?", default="", help="only decisions that mention this")
     made["explain"].add_argument("--code", action="store_true", help="print the program that every rank runs")
-    made["run"].add_argument("--steps", type=int, default=10, help="steps to run (default: %(default)s)")
-    made["run"].add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
+    made["run"].add_argument("--steps", type=_count, default=10, help="steps to run (default: %(default)s)")
+    made["run"].add_argument("--lr", type=_rate, default=1e-3, help="learning rate of AdamW (default: %(default)s)")
     made["run"].add_argument(
         "--inductor", action="store_true", help="compile what lies between two collectives with torch's Inductor (needs g++)"
     )
@@ -130,6 +148,6 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", parents=[common], help="what this machine has, and what will work on it")
     calibrate = commands.add_parser("calibrate", parents=[common], help="measure this machine for the cost model (about 15 s)")
     calibrate.add_argument(
-        "--ranks", type=int, default=2, help="local ranks between which collectives are timed (default: %(default)s)"
+        "--ranks", type=_count, default=2, help="local ranks between which collectives are timed (default: %(default)s)"
     )
     return parser

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import HocketError, InputError
 
 _SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*|scalar)(?::(?P<dtype>\w+))?(?::(?P<high>\d+))?")
 
@@ -87,6 +89,8 @@ def _example(shape: str, dtype_name: str, high: str | None, spec: str) -> Tensor
         if high is not None:
             raise InputError(f"--input {spec!r}: an upper bound is for integers, {dtype_name} values are drawn from a normal")
         return torch.randn(size, dtype=dtype)
+    if high is not None and int(high) < 1:
+        raise InputError(f"--input {spec!r}: integers are drawn from 0 up to HIGH - 1, so HIGH is at least 1")
     return torch.randint(int(high or 2), size).to(dtype)
 
 
@@ -105,8 +109,26 @@ def _import(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     sys.path.insert(0, str(file.parent.resolve()))
-    spec.loader.exec_module(module)
+    with _users_code(f"cannot import {path}"):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _users_code(doing: str) -> Iterator[None]:
+    """An error of the user's own code as an InputError with their line; its traceback is the cause."""
+    try:
+        yield
+    except HocketError:
+        raise
+    except Exception as error:
+        own = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename != __file__ and "importlib" not in frame.filename
+        ]
+        where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].line})" if own else ""
+        raise InputError(f"{doing}: {type(error).__name__}: {error}{where}") from error
 
 
 def _call(made: Any, text: str) -> Any:
@@ -122,7 +144,8 @@ def _call(made: Any, text: str) -> Any:
             f"{text} needs arguments ({', '.join(required)}); write a function without any in the same file that makes the model, "
             "and name that"
         )
-    return made()
+    with _users_code(f"cannot make {text}"):
+        return made()
 
 
 def _split(made: Any, text: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -142,7 +165,8 @@ def _examples(module: ModuleType, text: str) -> tuple[tuple[Any, ...], dict[str,
         raise InputError(
             f"no example inputs for {text}: give --input SHAPE:DTYPE:HIGH once per argument, or define example_inputs() in the file"
         )
-    made = maker()
+    with _users_code(f"cannot make the example inputs of {text}"):
+        made = maker()
     match made:
         case (tuple() as args, dict() as kwargs):
             return args, kwargs

@@ -55,12 +55,12 @@ class Race:
     @property
     def how_threads(self) -> str:
         """Name of plain torch's runs on as many threads as ranks."""
-        return f"1 process, {self.workers} threads"
+        return f"1 process, {self.workers} threads" if self.workers > 1 else self.how_single
 
     @property
     def how_ranks(self) -> str:
         """Name of the ranks' runs."""
-        return f"{self.workers} ranks, 1 thread each"
+        return f"{self.workers} ranks, 1 thread each" if self.workers > 1 else "1 rank, 1 thread"
 
 
 def race(

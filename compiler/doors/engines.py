@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from ...runtime.engines.base import Engine
@@ -11,6 +12,17 @@ from ..cost.cluster import Cluster
 from ..errors import InputError
 
 ENGINES = ("local", "sim", "attach")
+
+
+def _check_number_of_processes(mesh: Mesh) -> None:
+    """A mesh of a cluster's size given to one machine is a mistake, and would take the machine down."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(64, 8 * cores)
+    if mesh.size > most:
+        raise InputError(
+            f"mesh {mesh} has {mesh.size} ranks; engine='local' starts at most {most} processes on {cores} cores: "
+            "check the plan with `hocket plan` or engine='sim', and run it with engine='attach' on machines that have the devices"
+        )
 
 
 def cluster_of(engine: str | Engine, transport: str) -> Cluster:
@@ -42,6 +54,7 @@ def engine_opener(engine: str | Engine, mesh: Mesh, *, inductor: bool = False, t
             from ...runtime.launcher import warm_up
 
             check_transport(transport)
+            _check_number_of_processes(mesh)
             warm_up()
             return lambda: LocalEngine(mesh, inductor=inductor, transport=transport)
         case "sim":

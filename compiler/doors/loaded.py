@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,29 @@ log = logging.getLogger("hocket")
 
 BOUND = frozenset({RoleKind.PARAM, RoleKind.BUFFER, RoleKind.STATE, RoleKind.CONSTANT})
 """Kinds of inputs that keep their tensor from call to call."""
+
+
+class Leftovers:
+    """Programs on the ranks of an engine that nobody can call any more, and that leave them before the next one comes.
+
+    A form that is forgotten may still have a backward to come, so it stays until its last call is gone. Its end may be noticed in
+    any thread and at any time, which is no moment to talk to the ranks.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def expect(self, loaded: Loaded) -> None:
+        """Remember the handle of this program once nobody holds it."""
+        weakref.finalize(loaded, self._handles.append, loaded.handle).atexit = False
+
+    def unload(self, engine: Engine) -> None:
+        """Take what is left off the ranks."""
+        forget = getattr(engine, "unload", None)
+        while self._handles:
+            handle = self._handles.pop()
+            if forget is not None:
+                forget(handle)
 
 
 class Loaded:

@@ -48,7 +48,7 @@ def parallelize(
     A ``Rewrites(before=..., after=...)`` among them adds passes of your own.
     A mesh axis ``pp`` makes a pipeline of the model, see ``PipelineParallel``: train it with ``train_step``.
     engine: ``"local"`` (ranks are processes of this machine), ``"sim"`` (all ranks in this process), ``"attach"`` (this process is
-    one rank, started by torchrun or SLURM), or an engine of your own.
+    one rank, started by torchrun or SLURM), or an engine of your own, which ``close()`` leaves open.
     constraints: parameter or input name (globs) -> placements, such as ``{"layers.*.up.weight": "tp:S(0)"}``.
     verify: how much to prove after every pass, "off", "types", "float", "ring" or "full"; None asks the environment variable
     HOCKET_VERIFY. memory_limit: most bytes, or "8GB", that a rank may hold at once: parameters, inputs, saved activations,
@@ -140,7 +140,7 @@ def open_session(
     )
     open_engine = engine_opener(engine, shape, inductor=inductor, transport=transport)
     if not attached:
-        return Session(WholeState(model), open_engine, options)
+        return Session(WholeState(model), open_engine, options, owns_engine=isinstance(engine, str))
     rank: Any = open_engine()
     return Session(PiecewiseState(model, shape, rank.rank, rank.device), lambda: rank, options)
 

@@ -21,7 +21,7 @@ from ..program import Program, RoleKind
 from ..retrace import Retrace
 from .autograd import Call, RanksFunction
 from .hall import Compiled, Options, compile_program, prove_again, run_exactly
-from .loaded import Loaded
+from .loaded import Leftovers, Loaded
 from .state import ModelState
 from .threads import single_threaded
 
@@ -34,14 +34,25 @@ log = logging.getLogger("hocket")
 class Session:
     """See the module. Made by the doors; users meet it through the parallel module."""
 
-    def __init__(self, state: ModelState, open_engine: Callable[[], Engine], options: Options, *, capacity: int = 8) -> None:
+    def __init__(
+        self,
+        state: ModelState,
+        open_engine: Callable[[], Engine],
+        options: Options,
+        *,
+        capacity: int = 8,
+        owns_engine: bool = True,
+    ) -> None:
+        """owns_engine: whether ``close`` ends the ranks too; not those of an engine that the user has opened."""
         self.state = state
+        self._owns_engine = owns_engine
         self._open_engine = open_engine
         self._engine: Engine | None = None
         self.options = options
         self._closed = False
         self._latest: Loaded | None = None
         self._specialisations: Specialisations[Loaded] = Specialisations(capacity)
+        self._leftovers = Leftovers()
 
     @property
     def engine(self) -> Engine:
@@ -108,7 +119,9 @@ class Session:
         seconds = time.perf_counter() - start
         retrace = Retrace(self.state.captured, args, kwargs, step=captured)
         compiled = compile_program(program, self.options, retrace=retrace, fixed=self._settled()).timed(capture=seconds)
+        self._leftovers.unload(self.engine)
         loaded = Loaded(self.engine, compiled, self.state.bindings(compiled))
+        self._leftovers.expect(loaded)
         self.state.watch()
         return loaded
 
@@ -124,11 +137,11 @@ class Session:
         }
 
     def close(self) -> None:
-        """End the ranks. Closing twice is harmless."""
+        """End the ranks, unless the user has opened them. Closing twice is harmless."""
         if not self._closed:
             self._closed = True
             self._specialisations.clear()
-            if self._engine is not None:
+            if self._engine is not None and self._owns_engine:
                 self._engine.close()
 
     @property

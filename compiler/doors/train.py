@@ -22,7 +22,7 @@ from ..program import Program
 from ..retrace import Retrace
 from .checks import check_examples
 from .hall import Compiled, compile_program
-from .loaded import Loaded
+from .loaded import Leftovers, Loaded
 from .parallelize import open_session, pipelined_order
 from .pipeline.train import PipelineTrainStep
 from .resident_state import ResidentState, settings_of
@@ -54,6 +54,7 @@ class TrainStep:
         self._loss = loss
         self._clip_norm = clip_norm
         self._steps: Specialisations[Loaded] = Specialisations(capacity)
+        self._leftovers = Leftovers()
         self._adopt()
         self._watch: StateWatch | None = None
         self.latest: Loaded | None = None
@@ -115,7 +116,9 @@ class TrainStep:
         retrace = Retrace(model, args, kwargs, step=step)
         compiled = compile_program(program, self.session.options, retrace=retrace).timed(capture=captured)
         tensors = {**state_of(model), **{("state", name): tensor for name, tensor in self._state.tensors.items()}}
+        self._leftovers.unload(self.session.engine)
         loaded = Loaded(self.session.engine, compiled, tensors)
+        self._leftovers.expect(loaded)
         self._watch = StateWatch(model)
         return loaded
 

@@ -200,7 +200,11 @@ def _placements(wanted: object, mesh: Mesh, pattern: str) -> dict[str, Placement
     """``{"tp": Shard(0)}``, ``{"tp": "S(0)"}``, ``"tp:S(0),dp:R"``, or one placement per mesh axis -> axis -> placement."""
     where = f"constraint {pattern!r}"
     if isinstance(wanted, str):
-        items = [part.strip().partition(":")[::2] for part in re.split(r",(?![^(]*\))", wanted)]
+        parts = [part.strip() for part in re.split(r",(?![^(]*\))", wanted)]
+        bare = [part for part in parts if ":" not in part]
+        if bare:
+            raise PlanError(f"{where}: expected axis:placement, such as {mesh.names[0]}:S(0); found {bare[0]!r}")
+        items = [part.partition(":")[::2] for part in parts]
     elif isinstance(wanted, Mapping):
         items = list(wanted.items())
     elif isinstance(wanted, (tuple, list)) and len(wanted) == len(mesh.axes):

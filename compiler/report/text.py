@@ -92,6 +92,8 @@ def passes_table(compiled: Compiled) -> Table:
 def decisions_table(decisions: Sequence[Decision], topic: str = "", *, most: int = 200) -> RenderableType:
     """Decisions, those of repeated blocks merged into one row; ``topic`` keeps the ones that mention it."""
     kept = [d for d in decisions if topic in d.node or topic in d.reason or topic in d.source]
+    if topic and not kept:
+        return Text(f"no decision mentions {topic!r}; explain() lists all {len(decisions)}")
     table = Table(title=f"decisions{f' about {topic}' if topic else ''}", title_justify="left")
     for heading in ("by", "done", "what and why", "times", "gain", "where"):
         table.add_column(heading, overflow="fold")

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from hocket.compiler.cli.main import main
+from hocket.compiler.cli.tactics import parse_tactics
+from hocket.compiler.plan.tactics import DataParallel, Zero
 
 MODEL = """
 import torch
@@ -171,3 +173,78 @@ def test_the_command_and_the_module_are_the_same_program() -> None:
     ]
     assert help_texts[0] == help_texts[1]
     assert "doctor" in help_texts[0]
+
+
+USERS = """
+from torch import nn
+
+class Looped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.square().mean()
+
+class Fixed(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+def fails():
+    raise KeyError("no such width")
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> str:
+    path = tmp_path / "users_model.py"
+    path.write_text(USERS)
+    (tmp_path / "broken_import.py").write_text("import nothing_of_that_name\n")
+    return str(path)
+
+
+def test_a_mesh_of_stages_is_planned_and_proven_in_stages(users: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"{users}:Looped", "--mesh", "pp=2", "--input", "4x8"]
+    code, plan = facts(capsys, "plan", *arguments)
+    assert code == 0
+    assert sum(plan["micro_batches"]) == 4
+    code, proof = facts(capsys, "verify", *arguments, "--level", "ring")
+    assert (code, proof["ok"]) == (0, True)
+    assert main(["explain", *arguments]) == 0
+    assert "stage" in capsys.readouterr().out
+    assert main(["run", *arguments]) == 2
+    assert "hocket run trains without stages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan", "{users}:fails", "--input", "4x8"], "KeyError: 'no such width' (users_model.py:"),
+        (["plan", "{folder}/broken_import.py:Net", "--input", "4x8"], "No module named 'nothing_of_that_name' (broken_import.py:1"),
+        (["plan", "{users}:Looped", "--input", "4x8:int64:0"], "HIGH is at least 1"),
+        (["run", "{users}:Fixed", "--input", "4x8"], "has no parameters to train"),
+        (["run", "{users}:Looped", "--input", "4x8", "--trace", "{folder}/none/trace.json"], "there is no folder"),
+        (["run", "{users}:Looped", "--input", "4x8", "--mesh", "d=4000"], "4000 ranks"),
+        (["plan", "{users}:Looped", "--input", "4x8", "--input", "4x8"], "do not fit Looped(x): too many positional arguments"),
+    ],
+)
+def test_mistakes_of_the_users_are_one_line_each(
+    users: str, argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([one.format(users=users, folder=Path(users).parent) for one in argv]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--steps", "-1"], ["--lr", "-1"], ["--lr", "nan"]], ids=" ".join)
+def test_numbers_that_make_no_sense_are_refused_as_usage(users: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", f"{users}:Looped", "--input", "4x8", *argv])
+    assert "at least" in capsys.readouterr().err
+
+
+def test_quotes_around_the_axis_of_a_tactic_are_as_good_as_none() -> None:
+    assert parse_tactics(["Zero('dp', stage=2)", ' DataParallel("tp")']) == [Zero("dp", stage=2), DataParallel("tp")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import hocket
+from hocket.compiler.doors.module import session_of
 from hocket.compiler.doors.watch import StateWatch
 from hocket.errors import InputError, UnsupportedError
+from hocket.runtime.engines.sim import SimEngine
+from hocket.runtime.mesh import Mesh
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
 
@@ -141,3 +145,27 @@ def test_weights_and_settings_loaded_between_steps_are_used() -> None:
         own.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
         with pytest.raises(InputError, match="add_param_group"):
             step(X)
+
+
+def test_forms_that_are_forgotten_leave_the_ranks_once_their_last_backward_is_done() -> None:
+    with hocket.parallelize(nn.Linear(8, 8), "d=2", verify="off") as model:
+        session = session_of(model)
+        pending = model(X).sum()
+        for rows in range(1, 14):
+            model(X.repeat(rows, 1)[: rows + 4]).sum()
+        loaded = session.engine._crew.programs
+        assert len(loaded) <= session._specialisations.capacity + 2
+        pending.backward()
+        del pending
+        model(X[:3])
+        model(X[:2])
+        assert len(loaded) <= session._specialisations.capacity + 1
+
+
+def test_an_engine_of_the_users_own_outlives_the_modules_on_it() -> None:
+    with contextlib.closing(SimEngine(Mesh.parse("d=2"))) as engine:
+        first, second = (hocket.parallelize(nn.Linear(8, 8), "d=2", (X,), engine=engine, verify="off") for _ in range(2))
+        first.close()
+        with pytest.raises(InputError, match="was closed"):
+            first(X)
+        assert second(X).shape == (4, 8)

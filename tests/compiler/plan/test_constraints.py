@@ -59,6 +59,7 @@ def test_outputs_can_be_asked_for_whole(program):
     [
         ({"layers.0.weihgt": "tp:R"}, {}, r"'layers.0.weihgt' matches no parameter.*layers.0.weight"),
         ({"seen": "pt:R"}, {}, r"mesh tp=2 has no axis 'pt'"),
+        ({"seen": "S(0)"}, {}, r"expected axis:placement, such as tp:S\(0\); found 'S\(0\)'"),
         ({"seen": "tp:S(2)"}, {}, r"S\(2\) is outside its 2 dimensions"),
         ({"seen": "tp:banana"}, {}, r"expected R or S\(dim\) on axis tp; found 'banana'"),
         ({"seen": {"tp": Partial("sum")}}, {}, r"cannot be a partial sum"),
