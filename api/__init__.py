@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .compiler.doors.pipeline.compile import PipelineParallel
     from .compiler.doors.sequential import sequential
     from .compiler.doors.train import train_step
+    from .compiler.doors.vocabulary import VocabularyParallel
     from .compiler.plan.tactics import Auto, DataParallel, Rewrites, SequenceParallel, TensorParallel, Zero
     from .compiler.verify.standalone import verify
     from .passes.backward_split import SplitBackward
@@ -42,6 +43,7 @@ __all__ = [
     "SequenceParallel",
     "SplitBackward",
     "TensorParallel",
+    "VocabularyParallel",
     "Zero",
     "capture",
     "generate",
@@ -66,6 +68,7 @@ _HOME = {
     "SequenceParallel": ".compiler.plan.tactics",
     "SplitBackward": ".passes.backward_split",
     "TensorParallel": ".compiler.plan.tactics",
+    "VocabularyParallel": ".compiler.doors.vocabulary",
     "Zero": ".compiler.plan.tactics",
     "capture": ".compiler.capture",
     "generate": ".compiler.decoding.generate",

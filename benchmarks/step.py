@@ -17,6 +17,7 @@ import step_inductor
 import step_planning
 import step_runtime
 import step_train
+import step_vocabulary
 import step_wire
 from common import Row, arguments, machine, report
 
@@ -40,6 +41,7 @@ def main() -> None:
         "wire": step_wire.rows,
         "exchange": step_exchange.rows,
         "step": lambda: step_train.rows(quick=options.quick),
+        "vocabulary": lambda: step_vocabulary.rows(quick=options.quick),
         "inductor": lambda: step_inductor.rows(quick=options.quick),
         "planning": lambda: step_planning.rows(quick=options.quick),
     }

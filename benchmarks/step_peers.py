@@ -5,6 +5,7 @@ Each process has one thread, waits on a pipe between blocks, and times its own s
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import tempfile
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from step_model import RATE, Case
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
 from hocket.compiler.demo.llama import Attention
 
@@ -28,7 +29,8 @@ LIMIT = 600.0
 
 
 class Peer:
-    """A world of processes that trains on demand. kind: ``tensor``, ``data``, or ``alone`` for processes that never talk."""
+    """A world of processes that trains on demand. kind: ``tensor``, the same with its logits cut (``vocabulary``), ``data``, or
+    ``alone`` for processes that never talk."""
 
     def __init__(self, kind: str, case: Case, world: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -78,8 +80,15 @@ def _serve(kind: str, case: Case, rank: int, world: int, store: str, pipe: Conne
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=LIMIT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
-    model, loss = {"tensor": _tensor_parallel, "data": _data_parallel, "alone": _alone}[kind](case, rank, world)
+    kinds = {"tensor": _tensor_parallel, "vocabulary": _vocabulary_parallel, "data": _data_parallel, "alone": _alone}
+    model, loss = kinds[kind](case, rank, world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    around = loss_parallel() if kind == "vocabulary" else contextlib.nullcontext()
+    with around:
+        _train(loss, optimizer, pipe)
+
+
+def _train(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, pipe: Connection) -> None:
     try:
         while True:
             losses, seconds = [], []
@@ -98,6 +107,15 @@ def _serve(kind: str, case: Case, rank: int, world: int, store: str, pipe: Conne
 
 def _tensor_parallel(case: Case, _rank: int, world: int) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Megatron's plan as torch's tutorial writes it; every process computes whole groups of heads."""
+    return _tensor_plan(case, world, ColwiseParallel(output_layouts=Replicate()))
+
+
+def _vocabulary_parallel(case: Case, _rank: int, world: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The same with the logits left cut, for a loss within ``loss_parallel``."""
+    return _tensor_plan(case, world, ColwiseParallel(output_layouts=Shard(-1), use_local_output=False))
+
+
+def _tensor_plan(case: Case, world: int, head: ColwiseParallel) -> tuple[nn.Module, Callable[[], Tensor]]:
     mesh = init_device_mesh("cpu", (world,))
     model = case.model()
     whole = Replicate()
@@ -113,7 +131,7 @@ def _tensor_parallel(case: Case, _rank: int, world: int) -> tuple[nn.Module, Cal
             "layers.*.feed_forward.gate": ColwiseParallel(),
             "layers.*.feed_forward.up": ColwiseParallel(),
             "layers.*.feed_forward.down": RowwiseParallel(),
-            "head": ColwiseParallel(output_layouts=whole),
+            "head": head,
         },
     )
     for module in model.modules():

@@ -31,6 +31,7 @@ PRINTS = {
     "sequential": ("a chain of 64 steps of", "gradients like the loop's: True"),
     "time_ranks": ("each rank runs a segment of the steps: True", "but for rounding: True"),
     "tiles": ("largest difference from the plain model:", "kinds of tile loops:"),
+    "vocabulary": ("1 tactics: loss", "2 tactics: loss", "bytes on the wire and"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
 }
 LOSS_FALLS = ("decorator", "quickstart", "train_step", "torchrun_attach", "torchrun_pipeline")

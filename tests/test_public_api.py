@@ -22,6 +22,7 @@ PUBLIC = [
     "SequenceParallel",
     "SplitBackward",
     "TensorParallel",
+    "VocabularyParallel",
     "Zero",
     "__version__",
     "capture",
