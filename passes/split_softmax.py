@@ -96,7 +96,7 @@ class _Written:
         logits: Any = softmax.args[0]
         self.softmax, self.parts = softmax, parts
         self.rank = softmax.meta["val"].dim()
-        self.dim = softmax.args[1] % self.rank  # type: ignore[operator]
+        self.dim = softmax.args[1] % self.rank
         call = self._inserter(softmax).call
         x = _in_dtype(call, logits, _accumulated(logits))
         self.shifted = call(aten.sub.Tensor, x, call(aten.amax.default, x, [self.dim], keepdim=True))
