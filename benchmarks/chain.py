@@ -2,18 +2,21 @@
 
     python benchmarks/chain.py [--quick] [--json FILE] [--check] [--only TEXT]
 
-Everything runs on one thread and is measured in CPU seconds, in alternating turns with its peer. A full run takes some minutes,
-trains two small models (kept for the next run) and rewrites docs/benchmarks/chain.md.
+Everything but the GPU section runs on one thread and is measured in CPU seconds, in alternating turns with its peer. A full run
+takes some minutes, trains three small models (kept for the next run) and rewrites docs/benchmarks/chain.md. ``--only`` takes one of
+recurrent, training, decide, sample, pixels, depth, time, decode, gpu; the last is empty where there is no CUDA device.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 
 import chain_decide
 import chain_decode
 import chain_depth
+import chain_gpu
 import chain_pixels
 import chain_recurrent
 import chain_sample
@@ -34,14 +37,17 @@ def main() -> None:
     options = arguments(__doc__)
     where = machine()
     warnings.filterwarnings("ignore")
+    os.environ["HOCKET_CHAINS"] = "off"  # every run measures for itself
     groups: dict[str, Callable[[], list[Row]]] = {
         "recurrent": lambda: chain_recurrent.rows(quick=options.quick),
+        "training": lambda: chain_recurrent.training_rows(quick=options.quick),
         "decide": lambda: chain_decide.rows(quick=options.quick),
         "sample": lambda: chain_sample.rows(quick=options.quick),
         "pixels": lambda: chain_pixels.rows(quick=options.quick),
         "depth": lambda: chain_depth.rows(quick=options.quick),
         "time": lambda: chain_time.rows(quick=options.quick),
         "decode": lambda: chain_decode.rows(quick=options.quick),
+        "gpu": lambda: chain_gpu.rows(quick=options.quick),
     }
     rows: list[Row] = []
     for name, measure in groups.items():

@@ -85,6 +85,8 @@ def _measured(width: int, steps: int, batch: int, scale: float) -> Choice:
     how = How("auto")
     for _ in range(decide.SETTLING):
         run_solver(chain, how)
+        if not decide.is_trying():
+            break
     known = decide.knowledge(chain, how)
     warm = 0 if known.merge == math.inf else known.warm
     contenders: dict[int, Callable[[], object]] = {0: lambda: loop(chain)}

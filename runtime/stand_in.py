@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .own_ops import define_op
+
 MIXED, TRUTH = torch.int64, torch.bool
 BLANKS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """Integer results are read as positions by other ops: they are zeros, which are valid everywhere."""
@@ -28,14 +30,10 @@ def kind_of(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def define() -> torch.library.Library:
+def define() -> None:
     """Define ``hocket::stand_in`` and ``hocket::stand_ins`` (several results) in torch, once in a process."""
-    library = torch.library.Library("hocket", "FRAGMENT")
-    library.define("stand_in(Tensor[] values, int key, int[] size, int[] stride, int kind) -> Tensor")
-    library.define("stand_ins(Tensor[] values, int key, int[] sizes, int[] strides, int[] ranks, int[] kinds) -> Tensor[]")
-    library.impl("stand_in", stand_in, "CompositeExplicitAutograd")
-    library.impl("stand_ins", stand_ins, "CompositeExplicitAutograd")
-    return library
+    define_op("stand_in(Tensor[] values, int key, int[] size, int[] stride, int kind) -> Tensor", stand_in)
+    define_op("stand_ins(Tensor[] values, int key, int[] sizes, int[] strides, int[] ranks, int[] kinds) -> Tensor[]", stand_ins)
 
 
 def stand_in(values: Sequence[torch.Tensor], key: int, size: Sequence[int], stride: Sequence[int], kind: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .hoist import hoist
 from .how import How
-from .known import LOOK_AGAIN, LOOP, NATIVE, Known, forget, key_of, knowledge
+from .known import LOOK_AGAIN, LOOP, NATIVE, Known, forget, is_trying, key_of, knowledge
 from .measure import SHORTEST_WINDOW, clock, interpolated, merge_length, step_costs
 from .native import run_native
 from .remembered import Remembered, recall, remember
@@ -33,7 +33,7 @@ from .report import ChainReport
 from .solvers import TEST_EVERY, Solved, Stop, blocks, loop
 from .steps import Chain
 
-__all__ = ["LOOK_AGAIN", "SETTLING", "TURNS", "Known", "choose", "decided", "forget", "knowledge"]
+__all__ = ["LOOK_AGAIN", "SETTLING", "TURNS", "Known", "choose", "decided", "forget", "is_trying", "knowledge"]
 
 SHORTEST = 24
 """Shorter chains are not worth a look."""
@@ -133,10 +133,10 @@ class _Decider:
         """Run the next contender against the clock; after the last one of the last turn the fastest is kept."""
         known = self.known
         contender = known.trials.pop(0)
+        self._wait()
         begin = clock()
         solved = self._run(contender)
-        if self.chain.init[0].is_cuda:
-            torch.cuda.synchronize()
+        self._wait()
         known.turns.setdefault(contender, []).append(math.inf if solved.report.fell_back else clock() - begin)
         if known.trials:
             return solved
@@ -147,6 +147,10 @@ class _Decider:
             keep_the_fastest(known)
             remember(key_of(self.chain, self.how), Remembered(known.costs, known.merge, known.window, known.reason))
         return solved
+
+    def _wait(self) -> None:
+        if self.chain.init[0].is_cuda:
+            torch.cuda.synchronize()
 
     def _check_again(self) -> None:
         """Let the chosen window run beside the others once more."""

@@ -74,6 +74,11 @@ def knowledge(chain: Chain, how: How) -> Known:
     return _KNOWN[key]
 
 
+def is_trying() -> bool:
+    """Whether some chain of this process has contenders left to try."""
+    return any(known.trials for known in _KNOWN.values())
+
+
 def forget() -> None:
     """Measure every chain anew in this process."""
     _KNOWN.clear()

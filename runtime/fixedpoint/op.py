@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ProgramError
+from ..own_ops import define_op
 from .body import read_body
 from .decide import decided
 from .how import How, read_how
@@ -35,16 +35,7 @@ DEFAULT_WINDOW = 32
 @functools.cache
 def chain_op() -> torch._ops.OpOverload:
     """The op, defined in torch by the first call."""
-    library = torch.library.Library("hocket", "FRAGMENT")
-    library.define(SCHEMA)
-    library.impl("chain", solve, "CompositeExplicitAutograd")
-    torch.library.register_fake("hocket::chain", chain_shapes, lib=library)
-    _KEPT.append(library)
-    return torch.ops.hocket.chain.default
-
-
-_KEPT: list[Any] = []
-"""A library takes its ops away when it is collected."""
+    return define_op(SCHEMA, solve, chain_shapes)
 
 
 def solve(

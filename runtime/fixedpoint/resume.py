@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ProgramError
+from ..own_ops import define_op
 from .body import read_body
 from .how import read_how
 from .op import chain_of, chain_shapes
@@ -32,16 +32,7 @@ SCHEMA = "resume(Tensor[] init, Tensor[] shared, Tensor[] streams, int count, st
 @functools.cache
 def resume_op() -> torch._ops.OpOverload:
     """The op, defined in torch by the first call."""
-    library = torch.library.Library("hocket", "FRAGMENT")
-    library.define(SCHEMA)
-    library.impl("resume", resume, "CompositeExplicitAutograd")
-    torch.library.register_fake("hocket::resume", _shapes, lib=library)
-    _KEPT.append(library)
-    return torch.ops.hocket.resume.default
-
-
-_KEPT: list[Any] = []
-"""A library takes its ops away when it is collected."""
+    return define_op(SCHEMA, resume, _shapes)
 
 
 def resume(
