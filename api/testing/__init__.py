@@ -32,3 +32,7 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         raise ImportError(f"hocket.testing.{name} needs hypothesis; install it with: pip install 'hocket[testing]'") from error
     return getattr(import_module(".strategies", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -140,8 +141,14 @@ def _one_step(
     param.grad = grad
     if state:
         stepper.state[param] = state
-    with _ScalarsStayTensors(), torch.no_grad():
-        stepper.step()
+    try:
+        with _ScalarsStayTensors(), torch.no_grad():
+            stepper.step()
+    except DataDependentOutputException:
+        raise UnsupportedError(
+            f"{type(optimizer).__name__} takes decisions by the values of its state, which a program cannot; use "
+            "hocket.parallelize and step the optimizer yourself"
+        ) from None
     return dict(stepper.state[param])
 
 

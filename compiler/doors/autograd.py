@@ -54,7 +54,7 @@ class Call:
         results = self.engine.backward(self.loaded.handle, self.ticket, self.loaded.tangents(tangents))
         return [
             self.state.gradient(name, value) if kind is RoleKind.PARAM and value is not None else value
-            for (kind, name), value in zip(self.loaded.differentiable, self.loaded.gradients(results), strict=True)
+            for (kind, name), value in zip(self.loaded.differentiable, self.loaded.gradients(results, tangents), strict=True)
         ]
 
 
@@ -66,6 +66,7 @@ class RanksFunction(torch.autograd.Function):
         """The other tensors only tell autograd what the outputs depend on; the engine reads its own bindings."""
         outputs = call.loaded.outputs(call.forward())
         ctx.call = call
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(_release_with(call))
         ctx.mark_non_differentiable(*(t for t, yes in zip(outputs, call.loaded.has_tangent, strict=True) if not yes))
         return tuple(outputs)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ...runtime.engines.base import Engine
 from ...runtime.regions import Report
 from ..errors import HocketError
-from ..program import Literal, RoleKind
+from ..program import Literal, Program, RoleKind
 from .hall import Compiled
 
 log = logging.getLogger("hocket")
@@ -93,6 +94,7 @@ class Loaded:
             if role.kind in (RoleKind.PARAM, RoleKind.INPUT) and role.name in wanted
         ]
         self._gradient_places = [place.get(wanted[name]) for _, name in self.differentiable]
+        self._gradient_needs = _tangents_behind(compiled.program, [name for _, name in self.differentiable])
         self.takes_gradients = len(segments) > 1
 
     def _place_of_output(self, name: str) -> int:
@@ -146,9 +148,18 @@ class Loaded:
         """From one tangent per OUTPUT port (None where it has none) to the inputs of the second segment."""
         return [given[place] for place in self._tangent_of]
 
-    def gradients(self, results: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """From the results of the second segment to one gradient per entry of ``differentiable``."""
-        return [None if place is None else results[place] for place in self._gradient_places]
+    def gradients(self, results: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """From the results of the second segment to one gradient per entry of ``differentiable``.
+
+        given: the tangents; what only depends on outputs that the loss does not use has no gradient, as in eager torch.
+        """
+        here = {
+            self.compiled.program.signature.outputs[p].name for p, t in zip(self._output_ports, given, strict=True) if t is not None
+        }
+        return [
+            None if place is None or here.isdisjoint(needs) else results[place]
+            for place, needs in zip(self._gradient_places, self._gradient_needs, strict=True)
+        ]
 
     def rebuild(self, outputs: Sequence[Tensor]) -> Any:
         """The user's own output structure."""
@@ -157,3 +168,18 @@ class Loaded:
         leaves = [leaf.value if isinstance(leaf, Literal) else outputs[place[leaf]] for leaf in signature.out_leaves]
         assert signature.out_spec is not None, "a captured program has the tree of its outputs"
         return pytree.tree_unflatten(leaves, signature.out_spec)
+
+
+def _tangents_behind(program: Program, names: Sequence[str]) -> list[frozenset[str]]:
+    """Per gradient of these names, the outputs whose tangents it is computed from."""
+    signature = program.signature
+    behind: dict[fx.Node, frozenset[str]] = {}
+    for node, role in zip(program.placeholders, signature.inputs, strict=True):
+        behind[node] = frozenset({role.name} if role.kind is RoleKind.TANGENT else ())
+    for node in program.nodes:
+        if node not in behind:
+            found = {behind[one] for one in node.all_input_nodes}
+            behind[node] = next(iter(found)) if len(found) == 1 else frozenset[str]().union(*found)
+    place, results = signature.outputs_of(RoleKind.GRADIENT), program.results
+    gradients = [results[place[name]] for name in names]
+    return [frozenset() if node is None else behind[node] for node in gradients]

@@ -144,6 +144,8 @@ def test_what_cannot_step_is_refused() -> None:
     model, x = nn.Linear(8, 8), torch.randn(4, 8)
     with pytest.raises(UnsupportedError, match="LBFGS"):
         capture_step(model, torch.optim.LBFGS(model.parameters()), (x,))
+    with pytest.raises(UnsupportedError, match="RAdam takes decisions by the values of its state"):
+        capture_step(model, torch.optim.RAdam(model.parameters()), (x,), loss=torch.sum)
     with pytest.raises(InputError, match="not in the model"):
         capture_step(model, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), (x,))
     with pytest.raises(InputError, match="scalar loss"):
