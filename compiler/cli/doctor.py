@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 
 from ...runtime.exchange import why_unavailable
+from ...runtime.transports import cuda, mpi
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,17 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at the interpreter, torch, cores, memory passing, back ends and optional libraries. Starts no process."""
-    return [_python(), _torch(), _cores(), _shared_memory(), _process_watching(), *_backends(), *_extras(), _launcher()]
+    return [
+        _python(),
+        _torch(),
+        _cores(),
+        _shared_memory(),
+        _process_watching(),
+        *_backends(),
+        *_transports(),
+        *_extras(),
+        _launcher(),
+    ]
 
 
 def _python() -> Finding:
@@ -93,6 +104,16 @@ def _exchange() -> Finding:
         return Finding("collectives", "absent", f"local CPU ranks use gloo, not shared memory: {reason}")
     detail = "local CPU ranks exchange tensors in shared memory, which took less time than gloo for every size that was measured"
     return Finding("collectives", "ok", f"{detail} (4 KiB to 64 MiB)")
+
+
+def _transports() -> list[Finding]:
+    """One-sided transports that this machine may not have."""
+    reasons = {"MPI": mpi.why_unavailable(), "symmetric memory": cuda.why_unavailable()}
+    details = {
+        "MPI": "a launcher and mpi4py are here: MpiTransport joins ranks that mpirun or srun starts",
+        "symmetric memory": "CudaTransport joins ranks whose devices see each other's memory; not run on devices yet",
+    }
+    return [Finding(name, "absent" if why else "ok", why or details[name]) for name, why in reasons.items()]
 
 
 def _extras() -> list[Finding]:

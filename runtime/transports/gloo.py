@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ..mesh import Mesh
+from .buffers import SharedBuffer, checked_slot
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportError, TransportTimeout
 
 _BARRIER, _SPEC = SLOTS, SLOTS + 1
@@ -36,25 +37,6 @@ class Kind(enum.IntEnum):
     GET = 2
     SIGNAL = 3
     BYE = 4
-
-
-@dataclass(eq=False)
-class GlooBuffer:
-    """See ``Symmetric``. number: its place among the buffers of the group."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    axis: str
-    own: int
-    number: int
-    local: torch.Tensor
-
-    def at(self, peer: int) -> torch.Tensor:
-        """See ``Symmetric``."""
-        if peer != self.own:
-            raise TransportError(f"gloo gives no view of remote memory: buffer {self.name!r} of index {peer} is out of reach")
-        return self.local
 
 
 @dataclass
@@ -84,7 +66,7 @@ class _Group:
     members: tuple[int, ...]
     own: int
     words: dict[tuple[int, int], int] = field(default_factory=dict)
-    buffers: dict[int, GlooBuffer] = field(default_factory=dict)
+    buffers: dict[int, SharedBuffer] = field(default_factory=dict)
     gone: dict[int, str] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
     made: int = 0
@@ -107,11 +89,13 @@ class GlooTransport:
 
     # --- buffers
 
-    def symmetric(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: str) -> GlooBuffer:
+    def symmetric(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: str) -> SharedBuffer:
         """See ``Transport``."""
         group = self._groups[axis]
         group.made += 1
-        buffer = GlooBuffer(name, tuple(shape), dtype, axis, group.own, group.made, torch.zeros(shape, dtype=dtype))
+        own = torch.zeros(shape, dtype=dtype)
+        copies = tuple(own if peer == group.own else own[:0] for peer in range(len(group.members)))
+        buffer = SharedBuffer(name, tuple(shape), dtype, axis, group.own, copies, group.made, sees_all=False)
         group.buffers[group.made] = buffer
         spec = zlib.crc32(f"{name} {tuple(shape)} {dtype}".encode())
         for peer in range(len(group.members)):
@@ -126,10 +110,10 @@ class GlooTransport:
 
     def release(self, buffer: Symmetric) -> None:
         """See ``Transport``."""
-        assert isinstance(buffer, GlooBuffer)
+        assert isinstance(buffer, SharedBuffer)
         self.barrier(buffer.axis)
-        del self._groups[buffer.axis].buffers[buffer.number]
-        buffer.local = torch.empty(0)
+        del self._groups[buffer.axis].buffers[buffer.where]
+        buffer.tensors = ()
 
     def put(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
         """See ``Transport``."""
@@ -140,7 +124,7 @@ class GlooTransport:
         self._move(Kind.ACCUMULATE, buffer, peer, source, row)
 
     def _move(self, kind: Kind, buffer: Symmetric, peer: int, source: torch.Tensor, row: int) -> None:
-        assert isinstance(buffer, GlooBuffer)
+        assert isinstance(buffer, SharedBuffer)
         group = self._groups[buffer.axis]
         rows = source.to(buffer.dtype).contiguous()
         if buffer.local.narrow(0, row, source.shape[0]).shape != rows.shape:
@@ -148,16 +132,16 @@ class GlooTransport:
         if peer == group.own:
             _apply(kind, buffer.local.narrow(0, row, rows.shape[0]), rows)
             return
-        self._tell(group, peer, kind, buffer.number, row, rows.shape[0])
+        self._tell(group, peer, kind, buffer.where, row, rows.shape[0])
         dist.send(rows, group.members[peer], group.group, _DATA)
 
     def get(self, buffer: Symmetric, peer: int, out: torch.Tensor, row: int = 0) -> torch.Tensor:
         """See ``Transport``."""
-        assert isinstance(buffer, GlooBuffer)
+        assert isinstance(buffer, SharedBuffer)
         group = self._groups[buffer.axis]
         if peer == group.own:
             return out.copy_(buffer.local.narrow(0, row, out.shape[0]))
-        self._tell(group, peer, Kind.GET, buffer.number, row, out.shape[0])
+        self._tell(group, peer, Kind.GET, buffer.where, row, out.shape[0])
         rows = torch.empty(out.shape, dtype=buffer.dtype)
         dist.recv(rows, group.members[peer], group.group, _REPLY)
         return out.copy_(rows)
@@ -166,7 +150,7 @@ class GlooTransport:
 
     def signal(self, peer: int, slot: int, value: int, axis: str, nbytes: int = 0) -> None:  # noqa: ARG002  (takes no time of its own)
         """See ``Transport``."""
-        self._signal(self._groups[axis], peer, _checked(slot), value)
+        self._signal(self._groups[axis], peer, checked_slot(slot), value)
 
     def _signal(self, group: _Group, peer: int, slot: int, value: int) -> None:
         if peer == group.own:
@@ -177,11 +161,11 @@ class GlooTransport:
 
     def test(self, peer: int, slot: int, value: int, axis: str) -> bool:
         """See ``Transport``."""
-        return self._groups[axis].words.get((peer, _checked(slot)), 0) >= value
+        return self._groups[axis].words.get((peer, checked_slot(slot)), 0) >= value
 
     def wait(self, peer: int, slot: int, value: int, axis: str, timeout: float | None = None) -> None:
         """See ``Transport``."""
-        group, key = self._groups[axis], (peer, _checked(slot))
+        group, key = self._groups[axis], (peer, checked_slot(slot))
         what = f"to signal {value} in slot {slot} of axis {axis!r}"
         self._until(group, peer, lambda: group.words.get(key, 0) >= value, timeout, what)
 
@@ -278,9 +262,3 @@ def _apply(kind: Kind, place: torch.Tensor, rows: torch.Tensor) -> None:
         place.copy_(rows)
     else:
         place.add_(rows)
-
-
-def _checked(slot: int) -> int:
-    if not 0 <= slot < SLOTS:
-        raise TransportError(f"expected a signal slot from 0 to {SLOTS - 1}, found {slot}")
-    return slot

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ..errors import InputError
+from .buffers import checked_slot
 from .shm import ShmTransfer, ShmTransport
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportTimeout
 
@@ -156,7 +157,7 @@ class LinkTransport:
 
     def signal(self, peer: int, slot: int, value: int, axis: str, nbytes: int = 0) -> None:
         """See ``Transport``."""
-        self.signal_over(peer, slot, value, axis, nbytes)
+        self.signal_over(peer, checked_slot(slot), value, axis, nbytes)
 
     def signal_over(self, peer: int, slot: int, value: int, axis: str, nbytes: float, hops: int = 1) -> None:
         """``signal`` with bytes that take several hops to be complete, as those of a ring do."""

@@ -15,33 +15,11 @@ import torch
 
 from ..exchange import Exchange, Heap
 from ..mail import Mailbox, Message
+from .buffers import SharedBuffer, checked_slot
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportError, TransportTimeout
 
 _BARRIER, _SPEC = SLOTS + 2, SLOTS + 3
 _DEFAULT_COST = LinkCost(1.5e-5, 1.2e-10)
-
-
-@dataclass(eq=False)
-class ShmBuffer:
-    """See ``Symmetric``. tensors: the copies of all ranks of the group; place, each: where they lie, and bytes per rank."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    axis: str
-    own: int
-    tensors: tuple[torch.Tensor, ...]
-    place: int
-    each: int
-
-    @property
-    def local(self) -> torch.Tensor:
-        """See ``Symmetric``."""
-        return self.tensors[self.own]
-
-    def at(self, peer: int) -> torch.Tensor:
-        """See ``Symmetric``."""
-        return self.tensors[peer]
 
 
 @dataclass
@@ -87,7 +65,7 @@ class ShmTransport:
 
     # --- buffers
 
-    def symmetric(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: str) -> ShmBuffer:
+    def symmetric(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: str) -> SharedBuffer:
         """See ``Transport``."""
         group = self._group(axis)
         numel = prod(shape)
@@ -97,12 +75,12 @@ class ShmTransport:
             size = f"{numel * dtype.itemsize:,} bytes on each of {len(group.members)} ranks"
             raise TransportError(f"rank {self.rank}: no shared memory for buffer {name!r}, {size}: {error.strerror}") from error
         tensors = tuple(_over(mapping, index * each, shape, dtype) for index in range(len(group.members)))
-        buffer = ShmBuffer(name, tuple(shape), dtype, axis, group.own, tensors, place, each)
+        buffer = SharedBuffer(name, tuple(shape), dtype, axis, group.own, tensors, (place, each))
         buffer.local.zero_()
         self._agree(group, buffer)
         return buffer
 
-    def _agree(self, group: _Group, buffer: ShmBuffer) -> None:
+    def _agree(self, group: _Group, buffer: SharedBuffer) -> None:
         """Meet, and compare what is being made. Two words in turn: a rank can be one buffer ahead of another, not two."""
         group.specs += 1
         word = _SPEC + group.specs % 2
@@ -123,10 +101,10 @@ class ShmTransport:
 
     def release(self, buffer: Symmetric) -> None:
         """See ``Transport``."""
-        assert isinstance(buffer, ShmBuffer)
+        assert isinstance(buffer, SharedBuffer)
         self.barrier(buffer.axis)
         buffer.tensors = ()
-        self._group(buffer.axis).heap.give_back(buffer.place, buffer.each)
+        self._group(buffer.axis).heap.give_back(*buffer.where)
 
     def put(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
         """See ``Transport``."""
@@ -146,17 +124,17 @@ class ShmTransport:
         """See ``Transport``."""
         group = self._group(axis)
         self._exchange.fence()
-        self._words[group.outbound[peer] + _checked(slot)] = value
+        self._words[group.outbound[peer] + checked_slot(slot)] = value
         self._exchange.notify((group.members[peer],))
 
     def test(self, peer: int, slot: int, value: int, axis: str) -> bool:
         """See ``Transport``."""
-        return self._words[self._group(axis).inbound[peer] + _checked(slot)] >= value
+        return self._words[self._group(axis).inbound[peer] + checked_slot(slot)] >= value
 
     def wait(self, peer: int, slot: int, value: int, axis: str, timeout: float | None = None) -> None:
         """See ``Transport``."""
         group = self._group(axis)
-        word = group.inbound[peer] + _checked(slot)
+        word = group.inbound[peer] + checked_slot(slot)
         words = self._words
         if words[word] < value:
             self.until(
@@ -242,9 +220,3 @@ def _over(mapping: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.d
     if not prod(shape):
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(mapping, dtype=dtype, count=prod(shape), offset=start).view(shape)
-
-
-def _checked(slot: int) -> int:
-    if not 0 <= slot < SLOTS:
-        raise TransportError(f"expected a signal slot from 0 to {SLOTS - 1}, found {slot}")
-    return slot

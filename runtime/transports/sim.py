@@ -17,32 +17,12 @@ from typing import TypeVar
 import torch
 
 from ..mesh import Mesh
+from .buffers import SharedBuffer, checked_slot
 from .sim_world import Parcel, SimWorld
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportError
 
 T = TypeVar("T")
 _BARRIER = SLOTS
-
-
-@dataclass(eq=False)
-class SimBuffer:
-    """See ``Symmetric``. tensors: the copies of the whole group, shared by the views of all its ranks."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    axis: str
-    own: int
-    tensors: tuple[torch.Tensor, ...]
-
-    @property
-    def local(self) -> torch.Tensor:
-        """See ``Symmetric``."""
-        return self.tensors[self.own]
-
-    def at(self, peer: int) -> torch.Tensor:
-        """See ``Symmetric``."""
-        return self.tensors[peer]
 
 
 @dataclass
@@ -78,7 +58,7 @@ class SimTransport:
         self._barriers: dict[str, int] = {}
         self._asked: dict[tuple[int, str, int, int], int] = {}
 
-    def symmetric(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: str) -> SimBuffer:
+    def symmetric(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: str) -> SharedBuffer:
         """See ``Transport``."""
         members = self._members(axis)
         number = self._made[axis] = self._made.get(axis, 0) + 1
@@ -90,11 +70,11 @@ class SimTransport:
         self.barrier(axis)
         if other != spec:
             raise TransportError(f"rank {self.rank} makes buffer {spec}, another rank of axis {axis!r} makes {other}")
-        return SimBuffer(name, tuple(shape), dtype, axis, members.index(self.rank), tensors)
+        return SharedBuffer(name, tuple(shape), dtype, axis, members.index(self.rank), tensors)
 
     def release(self, buffer: Symmetric) -> None:
         """See ``Transport``."""
-        assert isinstance(buffer, SimBuffer)
+        assert isinstance(buffer, SharedBuffer)
         self.barrier(buffer.axis)
         buffer.tensors = ()
 
@@ -135,9 +115,7 @@ class SimTransport:
 
     def signal(self, peer: int, slot: int, value: int, axis: str, nbytes: int = 0) -> None:  # noqa: ARG002  (takes no time of its own)
         """See ``Transport``."""
-        if not 0 <= slot < SLOTS:
-            raise TransportError(f"expected a signal slot from 0 to {SLOTS - 1}, found {slot}")
-        self._signal(peer, slot, value, axis)
+        self._signal(peer, checked_slot(slot), value, axis)
 
     def _signal(self, peer: int, slot: int, value: int, axis: str) -> None:
         members = self._members(axis)

@@ -75,10 +75,10 @@ def test_released_memory_is_used_again_and_new_buffers_are_zero() -> None:
         first = t.symmetric("x", (1000,), torch.float32, "d")
         address = first.local.data_ptr() - first.at(0).data_ptr()
         first.local.fill_(7)
-        place = first.place
+        place = first.where[0]
         t.release(first)
         second = t.symmetric("x", (1000,), torch.float32, "d")
-        return float(second.local.abs().sum()) + address * 0, second.place - place
+        return float(second.local.abs().sum()) + address * 0, second.where[0] - place
 
     assert world(Mesh.parse("d=2"), work) == [(0.0, 0)] * 2
 

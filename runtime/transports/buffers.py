@@ -1,0 +1,45 @@
+"""A symmetric buffer as this rank sees it, the same for every transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .transport import SLOTS, TransportError
+
+
+@dataclass(eq=False)
+class SharedBuffer:
+    """See ``Symmetric``. tensors: the copies of all ranks of the group, by index; where: what its transport gives back with it;
+    sees_all: False where only this rank's own copy can be seen."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axis: str
+    own: int
+    tensors: tuple[torch.Tensor, ...]
+    where: Any = None
+    sees_all: bool = True
+
+    @property
+    def local(self) -> torch.Tensor:
+        """See ``Symmetric``."""
+        return self.tensors[self.own]
+
+    def at(self, peer: int) -> torch.Tensor:
+        """See ``Symmetric``."""
+        if peer != self.own and not self.sees_all:
+            raise TransportError(
+                f"this transport gives no view of remote memory: buffer {self.name!r} of index {peer} is out of reach"
+            )
+        return self.tensors[peer]
+
+
+def checked_slot(slot: int) -> int:
+    """The slot; TransportError for one that no rank has."""
+    if not 0 <= slot < SLOTS:
+        raise TransportError(f"expected a signal slot from 0 to {SLOTS - 1}, found {slot}")
+    return slot

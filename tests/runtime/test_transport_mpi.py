@@ -1,0 +1,71 @@
+"""The transport over MPI, on real ranks that ``mpirun`` starts; skipped where there is no MPI."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transport_conformance import check
+
+from hocket.runtime.errors import InputError
+from hocket.runtime.mesh import Mesh
+from hocket.runtime.transports import mpi
+
+HERE = Path(__file__).resolve().parent
+needs_mpi = pytest.mark.skipif(
+    bool(mpi.why_unavailable()) or shutil.which("mpirun") is None, reason=mpi.why_unavailable() or "mpirun is not installed"
+)
+
+
+def ranks(folder: Path, mesh: str, views: str) -> list[dict]:
+    """What every rank has found."""
+    count = Mesh.parse(mesh).size
+    as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    command = [
+        "mpirun",
+        *as_root,
+        "--oversubscribe",
+        "-n",
+        str(count),
+        sys.executable,
+        str(HERE / "mpi_ranks.py"),
+        str(folder),
+        mesh,
+    ]
+    done = subprocess.run([*command, views], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+
+
+@needs_mpi
+@pytest.mark.parametrize("views", ["views", pytest.param("network", marks=pytest.mark.slow)])
+def test_mpi_ranks_do_what_every_transport_does(tmp_path: Path, views: str) -> None:
+    found = ranks(tmp_path, "d=2", views)
+    check([one["facts"]["d"] for one in found])
+    assert [one["can"] for one in found] == [["remote view"] * (views == "views")] * 2
+    assert "slot 11" in found[0]["late"]
+    if views == "views":  # a tile loop, in place
+        whole = torch.arange(24, dtype=torch.float64).view(8, 3) * 3
+        assert [one["looped"] for one in found] == [whole[:4].flatten().tolist(), whole[4:].flatten().tolist()]
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_every_axis_of_a_mesh_has_its_own_mpi_ranks(tmp_path: Path) -> None:
+    found = ranks(tmp_path, "a=2,b=2", "views")
+    for axis, groups in (("a", [(0, 2), (1, 3)]), ("b", [(0, 1), (2, 3)])):
+        for members in groups:
+            check([found[rank]["facts"][axis] for rank in members])
+
+
+def test_without_mpi4py_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi.importlib.util, "find_spec", lambda _name: None)
+    assert "pip install hocket[mpi]" in mpi.why_unavailable()
+    with pytest.raises(InputError, match=r"pip install hocket\[mpi\]"):
+        mpi.MpiTransport(Mesh.parse("d=2"))
