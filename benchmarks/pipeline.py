@@ -12,6 +12,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
+import pipeline_joined
 import pipeline_optimizer
 import pipeline_packed
 import pipeline_plan
@@ -129,6 +130,7 @@ def main() -> None:
         "search": lambda: pipeline_plan.synthesis_rows(quick=quick),
         "taper": pipeline_plan.taper_rows,
         "planning": pipeline_plan.speed_rows,
+        "joined": lambda: pipeline_joined.rows(quick=quick),
         "optimizer": lambda: pipeline_optimizer.rows(config(quick=True), quick=quick),
     }
     rows: list[Row] = []

@@ -45,13 +45,14 @@ def _step_row(config: LlamaConfig, repeats: int) -> Row:
             stages.train_step(tokens, targets)
             outside.step()
 
-        found = _in_turns([lambda: step(tokens, targets), plain], repeats)
+        found = in_turns([lambda: step(tokens, targets), plain], repeats)
     ours, theirs = (Sample(tuple(seconds)) for seconds in found)
     name = "torch's AdamW beside the same stages"
     return versus(CLAIM, "two real ranks, m = 4, a whole step", ours, name, theirs, 1.0)
 
 
-def _in_turns(steps: list[Callable[[], object]], repeats: int) -> list[list[float]]:
+def in_turns(steps: list[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each, one after the other in every round; the first two rounds warm up."""
     found: list[list[float]] = [[] for _ in steps]
     gc.collect()
     for number in range(repeats + 2):

@@ -126,6 +126,7 @@ class AttachedPipeline:
             "stages": asked.stages,
             "code_of": list(asked.code_of),
             "sharing": asked.sharing,
+            "joined": asked.joined,
             "held": [[port.kind, port.name, {mine: tensor}, {mine: True}] for port, tensor in self.bound.items()],
             "given": [[[name, {mine: tensor}] for name, tensor in row.items()] for row in self._given],
             "outputs": [

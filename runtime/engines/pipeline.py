@@ -48,7 +48,7 @@ class PipelineRequest:
     axis: of the mesh; schedule: its text; stages: for every stage a list of codes, parts and messages as JSON; code_of: per
     micro-batch, which of the codes it has; sharing: what stages tell each other once a step, as JSON; held: layouts of what is
     bound; given: per micro-batch, its inputs by name; outputs: per micro-batch, (stage, name) -> a result; gradients: (stage,
-    parameter) -> what a stage adds up for the caller; updates: whether a step changes what is bound.
+    parameter) -> what a stage adds up for the caller; updates: whether a step changes what is bound; joined: see ``StageState``.
     """
 
     axis: str
@@ -61,6 +61,7 @@ class PipelineRequest:
     outputs: Sequence[Mapping[tuple[int, str], Slot]]
     gradients: Mapping[tuple[int, str], Slot]
     updates: bool = False
+    joined: int = 1
 
 
 @dataclass
@@ -142,6 +143,7 @@ class LocalPipeline:
             "stages": asked.stages,
             "code_of": list(asked.code_of),
             "sharing": asked.sharing,
+            "joined": asked.joined,
             "held": [
                 [
                     port.kind,

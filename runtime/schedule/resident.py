@@ -57,6 +57,7 @@ class ResidentPipeline:
         self._given = [{name: view(places[mine]) for name, places in row} for row in request["given"]]
         schedule: Schedule = parse_schedule(request["schedule"])
         here = schedule.stages_of(rank)
+        self._joined: int = request["joined"]
         self._states = {stage: self._state(request["stages"][stage], request["code_of"]) for stage in here}
         self._outputs = [
             (m, name, view(places[mine]))
@@ -83,7 +84,7 @@ class ResidentPipeline:
         updated = {port.name for part in parts for port in part.outputs if port.kind == "update"}
         held = {port: value for port, value in self._held.items() if port in ports or (port.name in updated and port.kind in HELD)}
         variants = {m: codes[number] for m, number in enumerate(code_of) if number}
-        return StageState(codes[0], held, variants=variants)
+        return StageState(codes[0], held, variants=variants, joined=self._joined)
 
     def step(self) -> None:
         """One step; results and gradients are then in their places, new values of what is bound wait for ``commit``."""

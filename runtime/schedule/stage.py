@@ -30,7 +30,8 @@ class StageState:
     micro-batch; kept: per micro-batch, the weights that it must see where they are not the newest; before: per micro-batch, the
     buffers as its forward saw them, where that forward is run again; waiting: per (micro-batch, piece), gradients not added yet;
     filled: accumulators with a sum; finished: gradients that part O has made of the sums; variants: micro-batches of another size
-    -> their code.
+    -> their code; joined: of how many micro-batches the products of a weight gradient are made together; factors: of products
+    that are still to be made, by parameter.
     """
 
     code: StageCode
@@ -45,6 +46,8 @@ class StageState:
     filled: set[str] = field(default_factory=set)
     finished: dict[str, torch.Tensor] = field(default_factory=dict)
     variants: Mapping[int, StageCode] = field(default_factory=dict)
+    joined: int = 1
+    factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
     def at(self, micro_batch: int) -> StageCode:
         """The code for a micro-batch."""
@@ -63,6 +66,7 @@ class StageState:
         self.given = dict(enumerate(given))
         self.filled = set()
         self.finished = {}
+        self.factors = {}
 
     def receive(self, micro_batch: int, specs: Sequence[ValueSpec], tensors: Sequence[torch.Tensor]) -> None:
         """Take a message into the values of its micro-batch."""
@@ -105,13 +109,13 @@ class StageState:
                 case _:
                     raise RunError(f"stage {self.code.stage}: {port.kind} is no kind of output of a part")
         if piece is None:
-            self._accumulate(found)
+            self._gather(micro_batch, found)
         else:
             self.waiting.setdefault((micro_batch, piece), []).extend(found)
 
     def add(self, micro_batch: int, piece: int) -> None:
         """Add gradients that wait."""
-        self._accumulate(self.waiting.pop((micro_batch, piece), []))
+        self._gather(micro_batch, self.waiting.pop((micro_batch, piece), []))
 
     def forward_for_later(self, micro_batch: int) -> None:
         """The forward of a micro-batch that will be run again: what it saw of the buffers is kept for that."""
@@ -231,6 +235,21 @@ class StageState:
                 self.held[Port(kind, name)] = value
                 return
         raise InputError(f"stage {self.code.stage} updates {name!r}, which it does not hold")
+
+    def _gather(self, micro_batch: int, found: Sequence[tuple[str, tuple[torch.Tensor, ...]]]) -> None:
+        """Add gradients; products of a group of micro-batches only with its last one, as one product over all their rows."""
+        if self.joined == 1:
+            self._accumulate(found)
+            return
+        ready = [entry for entry in found if len(entry[1]) != 2]
+        for name, factors in found:
+            if len(factors) == 2:
+                self.factors.setdefault(name, []).append((factors[0], factors[1]))
+        if (micro_batch + 1) % self.joined == 0 or micro_batch + 1 == len(self.given):
+            for name in [name for name, factors in found if len(factors) == 2]:
+                pairs = self.factors.pop(name)
+                ready.append((name, (torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs]))))
+        self._accumulate(ready)
 
     def _accumulate(self, found: Sequence[tuple[str, tuple[torch.Tensor, ...]]]) -> None:
         for name, factors in found:

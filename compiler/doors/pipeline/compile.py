@@ -84,7 +84,8 @@ def compile_pipeline(order: PipelineOrder, batch: Batch, *, train: bool) -> Comp
     tactic = order.tactic
     rows = rows_of(batch.rows, tactic.microbatches, order.ranks, order.replicas)
     first = _forms(order, batch, (max(rows),), train=train)[max(rows)]
-    costs = _costs(first)
+    joined = tactic.joined if train else 1
+    costs = _costs(first, joined)
     reason = ""
     if train and tactic.microbatches == "auto":
         rows, reason = _settled_rows(order, *propose_rows(with_overhead(costs, first), rows, order))
@@ -92,7 +93,7 @@ def compile_pipeline(order: PipelineOrder, batch: Batch, *, train: bool) -> Comp
     made = time.perf_counter()
     ordered = tuple(forms[size] for size in sorted(set(rows), reverse=True))
     if ordered[0] is not first:
-        costs = _costs(ordered[0])
+        costs = _costs(ordered[0], joined)
     schedule, how = _settled_schedule(order, *_schedule(order, costs, rows, train=train))
     if ordered[0].finishes:
         schedule = finishing(schedule)
@@ -131,10 +132,10 @@ def _forms(order: PipelineOrder, batch: Batch, rows: Sequence[int], *, train: bo
     return found
 
 
-def _costs(form: Form) -> PipelineCosts:
+def _costs(form: Form, joined: int) -> PipelineCosts:
     costs = Costs(form.context.cluster)
     line = LinkCosts(latency=2e-5, send_byte=costs.seconds_per_byte(), receive_byte=costs.seconds_per_byte())
-    return PipelineCosts(tuple(stage_costs(stage, costs) for stage in form.pipeline.stages), line, 2e-5)
+    return PipelineCosts(tuple(stage_costs(stage, costs) for stage in form.pipeline.stages), line, 2e-5, joined)
 
 
 def _schedule(order: PipelineOrder, costs: PipelineCosts, rows: Sequence[int], *, train: bool) -> tuple[Schedule, str]:

@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from ....passes.backward_split_costs import Costs
+from ....passes.joined_micro_batches import SMALL, accumulation, decisions_of, joining, products_of
 from ....passes.pipeline import CutStages, cut_stages
 from ....passes.shard import Shard
 from ....passes.sum_once import SumOnce
@@ -26,7 +27,7 @@ from ...passmanager import PassRecord, run_passes
 from ...plan.pipeline.forms import FOLDED
 from ...plan.plan import Plan
 from ...plan.planner import plan
-from ...program import Program, note, producer
+from ...program import Decision, Program, note, producer
 from ...rules.table import RuleTable
 from ...stages import ONCE, Pipeline
 from ...verify.report import Status, Verdict
@@ -92,8 +93,22 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
     pipeline = cut_stages(lowered, forward, pieces)
     if order.inner is not None:
         _check_even(pipeline, order.inner, rows)
+    if train and order.tactic.joined > 1:
+        proof, said = _joined_products(order, pipeline, context)
+        records, joined = (*records, *proof), joined.decided(*said)
     passes = (*early, cut)
     return Form(rows, program, lowered, pipeline, joined, (*records, *cut_records), passes, context, forward, pieces)
+
+
+def _joined_products(
+    order: PipelineOrder, pipeline: Pipeline, context: Context
+) -> tuple[tuple[PassRecord, ...], tuple[Decision, ...]]:
+    """The products of several micro-batches made as one: the proof, and what is said of every weight."""
+    count = order.tactic.joined
+    if not any(products_of(pipeline)):
+        return (), decisions_of(pipeline, count, context)
+    _, records = run_passes(accumulation("a weight", SMALL, count), (joining(),), context, level=order.level)
+    return records, decisions_of(pipeline, count, context)
 
 
 def _partition(order: PipelineOrder, program: Program, stages: int, costs: Costs) -> dict[str, int]:

@@ -17,7 +17,7 @@ from ...plan.pipeline.stage_code import assemble
 from ...program import RoleKind
 from ...stages import StagePart, StageProgram
 from .compile import CompiledPipeline
-from .request import Programs, fed, held_layouts, updated_ports
+from .request import Factored, Programs, factored, fed, held_layouts, updated_ports
 
 
 def groups_of(compiled: CompiledPipeline, programs: Programs, tensors: Mapping[Port, torch.Tensor]) -> list[StageGroup]:
@@ -41,7 +41,8 @@ def _group(
     assert inner is not None
     together: dict[int, Together] = {}
     stages = [form.pipeline.stages[number] for form in compiled.forms]
-    codes = [_code(stage, programs, together) for stage in stages]
+    shared = factored(compiled)
+    codes = [_code(stage, programs, shared, together) for stage in stages]
     kinds = [role for stage in stages for part in stage.parts for role in part.program.signature.inputs]
     ports = {Port(role.kind.value, role.name) for role in kinds if role.kind.value in HELD}
     changed = {
@@ -54,7 +55,10 @@ def _group(
     held = {port: found for port, found in pieces.items() if port in ports or port.name in changed}
     variants = {m: codes[form] for m in range(len(compiled.rows)) if (form := compiled.form_of(m))}
     members = [
-        StageState(codes[0], {port: found[rank] for port, found in held.items()}, variants=variants) for rank in range(inner.size)
+        StageState(
+            codes[0], {port: found[rank] for port, found in held.items()}, variants=variants, joined=compiled.order.tactic.joined
+        )
+        for rank in range(inner.size)
     ]
     returned = {
         port.name: tuple(port.layout)
@@ -66,13 +70,15 @@ def _group(
     return StageGroup(_for_all(codes[0], inner), inner, members, together, given, returned, wide)
 
 
-def _code(stage: StageProgram, programs: Programs, together: dict[int, Together]) -> StageCode:
+def _code(stage: StageProgram, programs: Programs, shared: Factored, together: dict[int, Together]) -> StageCode:
     def part_of(part: StagePart) -> Part:
-        signature, program = part.program.signature, programs[id(part)]
+        signature = part.program.signature
+        ports = [Port(role.kind.value, role.name) for role in signature.outputs]
+        program, outputs = shared.get(id(part), (programs[id(part)], ports))
         made = Part(
             _alone,
             tuple(Port(role.kind.value, role.name) for role in signature.inputs),
-            tuple(Port(role.kind.value, role.name) for role in signature.outputs),
+            tuple(outputs),
             part.drops,
         )
         together[id(made)] = _run(program)

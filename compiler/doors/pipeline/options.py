@@ -34,7 +34,9 @@ class PipelineParallel(RewriteTactic):
     "1f1b", "1f1b-2bp", "zb-h1", ...). pieces: into how many parts a stage's weight gradients are cut, at most; more of them fill
     smaller gaps. memory: most bytes of activations a rank may hold ("8GB"), None for no limit. loss: from the model's result to a
     scalar, None where the model returns the loss itself. reduction: "mean" where the loss of a batch is the mean of those of its
-    rows, else "sum". split: options of the backward split.
+    rows, else "sum". split: options of the backward split. joined: the weight gradients of so many micro-batches are made by one
+    product over all their rows (1: one product for each, added up in their order); their sums are then rounded otherwise, within a
+    bound that ``explain("join-micro-batches")`` states, and their factors are kept until the last of them.
     """
 
     axis: str = AXIS
@@ -45,6 +47,7 @@ class PipelineParallel(RewriteTactic):
     loss: Callable[[Any], torch.Tensor] | None = None
     reduction: str = "mean"
     split: BackwardSplit = field(default_factory=BackwardSplit)
+    joined: int = 1
 
     def __post_init__(self) -> None:
         check_microbatches(self.microbatches)
@@ -54,6 +57,10 @@ class PipelineParallel(RewriteTactic):
             raise InputError(f'schedule must be "auto" or one of {", ".join(NAMES)}; found {self.schedule!r}')
         if self.pieces < 1:
             raise InputError(f"pieces must be a positive number; found {self.pieces}")
+        if type(self.joined) is not int or self.joined < 1:
+            raise InputError(
+                f"joined is the number of micro-batches whose products are made together, 1 for none; found {self.joined!r}"
+            )
         if self.reduction not in ("mean", "sum"):
             raise InputError(f'reduction must be "mean" or "sum"; found {self.reduction!r}')
         parse_bytes(self.memory)

@@ -14,13 +14,16 @@ from ....runtime.schedule.sharing import Sharing, Tie
 from ....runtime.schedule.stage import HELD, Port, ValueSpec
 from ....runtime.schedule.text import format_schedule
 from ...layout import format_placement
-from ...plan.pipeline.stage_code import rank_program
+from ...plan.pipeline.stage_code import as_factors, rank_program
 from ...program import RoleKind, note
 from ...stages import ONCE, PartKind, Pipeline, StagePart, StageProgram, Value
 from .compile import CompiledPipeline
 
 Programs = dict[int, RankProgram]
 """What every part of a pipeline is for ranks, by the part's id."""
+
+Factored = dict[int, tuple[RankProgram, list[Port]]]
+"""The same of parts that give the factors of weight gradients, with the ports of their outputs."""
 
 _FED = (RoleKind.INPUT, RoleKind.SEED)
 
@@ -33,6 +36,15 @@ def parts_of(pipeline: Pipeline) -> list[StagePart]:
 def emitted(compiled: CompiledPipeline) -> Programs:
     """All parts of all forms, made ready for ranks."""
     return {id(part): rank_program(part.program) for form in compiled.forms for part in parts_of(form.pipeline)}
+
+
+def factored(compiled: CompiledPipeline) -> Factored:
+    """The parts that give factors instead of products, where micro-batches share products."""
+    if compiled.order.tactic.joined == 1:
+        return {}
+    parts = [part for form in compiled.forms for part in parts_of(form.pipeline) if part.kind is PartKind.BACKWARD_WEIGHT]
+    made = {id(part): as_factors(part.program) for part in parts}
+    return {number: (rank_program(program), ports) for number, (program, ports) in made.items()}
 
 
 def sharing_of(compiled: CompiledPipeline) -> Sharing:
@@ -117,7 +129,7 @@ def request_of(compiled: CompiledPipeline, programs: Programs) -> PipelineReques
     """Everything that local ranks need to know."""
     forms = compiled.forms
     code_of = [compiled.form_of(m) for m in range(len(compiled.rows))]
-    sharing = sharing_of(compiled)
+    sharing, shared = sharing_of(compiled), factored(compiled)
     outputs = []
     for number in code_of:
         own = {id(part) for part in parts_of(forms[number].pipeline)}
@@ -126,7 +138,9 @@ def request_of(compiled: CompiledPipeline, programs: Programs) -> PipelineReques
     return PipelineRequest(
         axis=compiled.order.tactic.axis,
         schedule=format_schedule(compiled.schedule),
-        stages=[[_stage(form.pipeline.stages[s], programs) for form in forms] for s in range(len(compiled.pipeline.stages))],
+        stages=[
+            [_stage(form.pipeline.stages[s], programs, shared) for form in forms] for s in range(len(compiled.pipeline.stages))
+        ],
         code_of=code_of,
         sharing={
             "ties": [[tie.parameter, list(tie.givers)] for tie in sharing.ties],
@@ -137,6 +151,7 @@ def request_of(compiled: CompiledPipeline, programs: Programs) -> PipelineReques
         outputs=outputs,
         gradients=final_gradients(compiled, programs),
         updates=bool(updated_ports(compiled)),
+        joined=compiled.order.tactic.joined,
     )
 
 
@@ -161,8 +176,8 @@ def _slot(port: PortSpec) -> Slot:
     return Slot(tuple(port.shape), getattr(torch, port.dtype), tuple(port.layout))
 
 
-def _stage(stage: StageProgram, programs: Programs) -> dict[str, Any]:
-    parts = {kind: [_part(part, programs) for part in stage.of(kind)] for kind in PartKind}
+def _stage(stage: StageProgram, programs: Programs, shared: Factored) -> dict[str, Any]:
+    parts = {kind: [_part(part, programs, shared) for part in stage.of(kind)] for kind in PartKind}
     messages = {name: [_value(value) for value in getattr(stage, name)] for name in MESSAGES}
 
     def only(kind: PartKind) -> dict[str, Any] | None:
@@ -183,11 +198,13 @@ def _value(value: Value) -> list[Any]:
     return describe_spec(ValueSpec(value.name, value.shape, value.dtype, value.stride))
 
 
-def _part(part: StagePart, programs: Programs) -> dict[str, Any]:
+def _part(part: StagePart, programs: Programs, shared: Factored) -> dict[str, Any]:
     signature = part.program.signature
+    ports = [Port(role.kind.value, role.name) for role in signature.outputs]
+    program, outputs = shared.get(id(part), (programs[id(part)], ports))
     return {
-        "program": programs[id(part)].to_json(),
+        "program": program.to_json(),
         "inputs": [[role.kind.value, role.name] for role in signature.inputs],
-        "outputs": [[role.kind.value, role.name] for role in signature.outputs],
+        "outputs": [list(port) for port in outputs],
         "drops": list(part.drops) if part.kind not in ONCE else [],
     }

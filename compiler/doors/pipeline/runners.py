@@ -89,10 +89,16 @@ class LoopbackRunner:
 
 
 def _states(compiled: CompiledPipeline, tensors: Tensors) -> list[StageState]:
-    codes = [stage_codes(form.pipeline) for form in compiled.forms]
+    joined = compiled.order.tactic.joined
+    codes = [stage_codes(form.pipeline, products=joined > 1) for form in compiled.forms]
     which = [compiled.form_of(m) for m in range(len(compiled.rows))]
     return [
-        StageState(codes[0][s], held_by(stage, tensors), variants={m: codes[form][s] for m, form in enumerate(which) if form})
+        StageState(
+            codes[0][s],
+            held_by(stage, tensors),
+            variants={m: codes[form][s] for m, form in enumerate(which) if form},
+            joined=joined,
+        )
         for s, stage in enumerate(compiled.pipeline.stages)
     ]
 

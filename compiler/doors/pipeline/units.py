@@ -16,6 +16,7 @@ import torch.fx as fx
 
 from ....passes.backward_split_choice import base_of
 from ....passes.backward_split_costs import Costs, is_alias, stored_bytes
+from ....passes.joined_micro_batches import products_of_stage
 from ....passes.pipeline_drafts import gradients_of
 from ....passes.pipeline_parts import groups_of
 from ....passes.pipeline_place import place, portable_nodes
@@ -174,6 +175,7 @@ def stage_costs(stage: StageProgram, costs: Costs) -> StageCosts:
         return [sum(costs.seconds(node) for node in part.program.nodes) for part in stage.of(kind)]
 
     weights = seconds(PartKind.BACKWARD_WEIGHT) or [0.0]
+    made = list(products_of_stage(stage))
     backward = stage.of(PartKind.BACKWARD_INPUT)
     held = sum(value.bytes for value in stage.held_after(PartKind.BACKWARD_INPUT)) if backward else 0
     return StageCosts(
@@ -183,4 +185,6 @@ def stage_costs(stage: StageProgram, costs: Costs) -> StageCosts:
         activation=float(sum(value.bytes for value in stage.held_after(PartKind.FORWARD))),
         held=tuple(held / len(weights) for _ in weights),
         boundary=float(sum(value.bytes for value in stage.sends)),
+        products=tuple(sum(costs.seconds(one.node) for one in made if one.piece == piece) for piece in range(len(weights))),
+        factors=tuple(float(sum(one.held() for one in made if one.piece == piece)) for piece in range(len(weights))),
     )

@@ -20,7 +20,8 @@ class StageCosts:
 
     forward, backward_input, backward_weight (per piece), recompute: seconds; backward: seconds of B, None where it is their sum;
     activation: bytes kept from F to the backward; held: per piece, bytes kept from I to its W; stash: bytes kept from F to R where
-    the forward is recomputed; boundary: bytes that it sends to the next stage.
+    the forward is recomputed; boundary: bytes that it sends to the next stage; products, factors: per piece, seconds of products
+    that micro-batches may share, and bytes of what they multiply.
     """
 
     forward: float
@@ -32,6 +33,8 @@ class StageCosts:
     held: tuple[float, ...] = (0.73,)
     stash: float = 0.0
     boundary: float = 0.0
+    products: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         numbers = (self.forward, self.backward_input, *self.backward_weight, self.activation, *self.held, self.stash, self.boundary)
@@ -104,11 +107,16 @@ class LinkCosts:
 
 @dataclass(frozen=True)
 class PipelineCosts:
-    """Costs of every stage and of the links. fixed: seconds that an instruction costs whatever the size of the micro-batch."""
+    """Costs of every stage and of the links.
+
+    fixed: seconds that an instruction costs whatever the size of the micro-batch; joined: products of so many micro-batches are
+    made together, with the weight gradient of the last of them.
+    """
 
     stages: tuple[StageCosts, ...]
     link: LinkCosts = field(default_factory=LinkCosts)
     fixed: float = 0.0
+    joined: int = 1
 
     @classmethod
     def uniform(
@@ -136,6 +144,22 @@ class PipelineCosts:
         plain = stage.seconds(instr.op, instr.piece)
         return plain * size + self.fixed if plain else 0.0
 
+    def shifted(self, operation: tuple[Op, int, int, int], sizes: Sequence[float]) -> tuple[float, float]:
+        """(seconds, bytes) that a weight gradient takes more, or less, since products are made with the last of their group.
+
+        operation: (W or B, stage, micro-batch, piece); sizes: of all micro-batches.
+        """
+        op, number, m, piece = operation
+        stage = self.stages[number]
+        if self.joined == 1 or op not in (Op.W, Op.B) or not stage.products:
+            return 0.0, 0.0
+        pieces = slice(None) if op is Op.B else slice(piece, piece + 1)
+        seconds, kept = sum(stage.products[pieces]), sum(stage.factors[pieces])
+        if (m + 1) % self.joined and m + 1 < len(sizes):
+            return -seconds * sizes[m], kept * sizes[m]
+        earlier = sum(sizes[m - m % self.joined : m])
+        return seconds * earlier, -kept * earlier
+
     def applied(self, schedule: Schedule) -> Schedule:
         """The schedule with every instruction's cost and memory filled in. InputError when stages or pieces do not agree."""
         if len(self.stages) != schedule.stages or self.pieces != schedule.pieces:
@@ -144,12 +168,15 @@ class PipelineCosts:
                 f"{schedule.pieces} pieces"
             )
         recomputed = {(instr.stage, instr.micro_batch) for _, _, instr in schedule if instr.op is Op.R}
+        sizes = [schedule.size(m) for m in range(schedule.micro_batches)]
 
         def priced(instr: Instr) -> Instr:
             size = schedule.size(instr.micro_batch)
             again = (instr.stage, instr.micro_batch) in recomputed
             kept = self.stages[instr.stage].change(instr.op, instr.piece, recomputed=again) * size
-            return instr._replace(cost=self.seconds(instr, size), memory=kept if schedule.training else 0.0)
+            more, bytes_ = self.shifted((instr.op, instr.stage, instr.micro_batch, instr.piece), sizes)
+            cost = max(0.0, self.seconds(instr, size) + more)
+            return instr._replace(cost=cost, memory=kept + bytes_ if schedule.training else 0.0)
 
         return schedule.with_ranks([[priced(instr) for instr in instructions] for instructions in schedule.ranks])
 
@@ -159,6 +186,7 @@ def in_pieces(costs: PipelineCosts, pieces: Sequence[int]) -> PipelineCosts:
 
     def cut(stage: StageCosts, parts: int) -> StageCosts:
         weight, held = sum(stage.backward_weight) / parts, sum(stage.held) / parts
-        return replace(stage, backward_weight=(weight,) * parts, held=(held,) * parts)
+        products, factors = (sum(stage.products) / parts,) * parts, (sum(stage.factors) / parts,) * parts
+        return replace(stage, backward_weight=(weight,) * parts, held=(held,) * parts, products=products, factors=factors)
 
     return replace(costs, stages=tuple(cut(stage, parts) for stage, parts in zip(costs.stages, pieces, strict=True)))

@@ -143,7 +143,9 @@ def _add(found: Arrays, operation: Operation) -> int:
     fixed = problem.costs.fixed
     plain = costs.seconds(operation.op, operation.piece)
     seconds = plain * size + fixed if plain else 0.0
-    change = costs.change(operation.op, operation.piece, recomputed=again) * size
+    more, bytes_ = problem.costs.shifted(operation, [problem.size(m) for m in range(problem.micro_batches)])
+    seconds = max(0.0, seconds + more)
+    change = costs.change(operation.op, operation.piece, recomputed=again) * size + bytes_
     rise = early = 0.0
     if operation.op is Op.I and again:
         early = costs.seconds(Op.R) * size + fixed

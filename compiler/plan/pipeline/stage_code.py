@@ -191,9 +191,12 @@ def held_by(stage: StageProgram, tensors: Mapping[Port, torch.Tensor]) -> dict[P
     return found
 
 
-def states_of(pipeline: Pipeline, tensors: Mapping[Port, torch.Tensor], *, products: bool = False) -> list[StageState]:
-    """All stages ready to run in this process. tensors: parameters, buffers and optimizer state of the model, by port."""
+def states_of(
+    pipeline: Pipeline, tensors: Mapping[Port, torch.Tensor], *, products: bool = False, joined: int = 1
+) -> list[StageState]:
+    """All stages ready to run in this process. tensors: parameters, buffers and optimizer state of the model, by port; joined: see
+    ``StageState``."""
     return [
-        StageState(code, held_by(stage, tensors))
+        StageState(code, held_by(stage, tensors), joined=joined)
         for code, stage in zip(stage_codes(pipeline, products=products), pipeline.stages, strict=True)
     ]
