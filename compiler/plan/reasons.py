@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
+import torch.fx as fx
 
 from ..cost.estimate import redistributions
 from ..layout import Layout, Shard, format_layout, format_placement, local_shape
@@ -18,7 +20,13 @@ from .plan import NodePlan
 from .problem import AVOIDED, UNIT, AxisProblem, Choice, Pricing, Rules, fits, input_layout, output_layout
 from .view import Site, TensorType, View
 
+aten = torch.ops.aten
+
 BY = "plan"
+
+_SAME_ENTRIES = frozenset(
+    (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._to_copy.default, aten.slice.Tensor)
+)
 
 
 def parameter_decisions(
@@ -174,6 +182,18 @@ def uncut_decisions(
             yield Decision(BY, site.name, applied=False, reason=reason, gain=-lost, source=pricing.view.source_of(site))
 
 
+def _becomes_log_softmax(node: fx.Node) -> bool:
+    """Whether a value, or one that views, casts or slices of it make, is what a fused log-softmax reads."""
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if user.target is aten._log_softmax.default:
+                return True
+            if user.target in _SAME_ENTRIES:
+                pending.append(user)
+    return False
+
+
 def _could_be_cut(pricing: Pricing, site: Site) -> bool:
     values = [v for v in (*site.uses, *site.makes) if v is not None]
     return any(size > 1 for v in values for size in pricing.view.values[v].type.shape)
@@ -202,4 +222,7 @@ def redistribution_decisions(
         if avoided:
             reason += f"; {', '.join(map(repr, avoided))} would do without it, but no rule allows that"
         maker = view.sites[value.maker[0]]
+        if maker.node is not None and _becomes_log_softmax(maker.node):
+            axes = {pricing.mesh.names[step.axis]: None for step in transfer.steps if step.kind is not StepKind.SLICE}
+            reason += f"; {' or '.join(f'VocabularyParallel({axis!r})' for axis in axes)} would leave these logits cut"
         yield Decision(BY, maker.name, applied=True, reason=reason, gain=-transfer.seconds, source=view.source_of(maker))

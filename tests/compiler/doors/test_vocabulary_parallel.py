@@ -74,9 +74,11 @@ def test_without_it_logits_or_the_head_are_whole_on_every_rank() -> None:
     model, batch = example(4096, tied=False)
     with hocket.parallelize(model, "tp=2", batch, tactics=TACTICS[:1], engine="sim") as parallel:
         before = session_of(parallel).compiled.plan.cost
+        assert "VocabularyParallel('tp') would leave these logits cut" in " ".join(str(parallel.plan.decisions).split())
         parallel(*batch)
     with hocket.parallelize(model, "tp=2", batch, tactics=TACTICS, engine="sim") as parallel:
         after = session_of(parallel).compiled.plan.cost
+        assert "would leave these logits cut" not in str(parallel.plan.decisions)
         parallel(*batch)
     assert after.bytes_on_wire < before.bytes_on_wire / 10
     assert after.peak_bytes < 0.8 * before.peak_bytes
