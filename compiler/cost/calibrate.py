@@ -1,8 +1,9 @@
 """Measure this machine into a ``Cluster``: matmul speed, memory bandwidth, overhead per op, and each collective on real ranks.
 
 Ops are timed here, on one thread, as a rank runs them. Collectives are timed by the caller (it owns the ranks): for each kind a
-line seconds = alpha + beta * wire bytes  is fitted to the medians by least squares with relative weights, so that small messages
-(which fix alpha) count as much as large ones (which fix beta).
+line seconds = alpha + beta * wire bytes  is fitted by least squares with relative weights, so that small messages
+(which fix alpha) count as much as large ones (which fix beta). All times are those of an undisturbed machine (``fit.quiet``); how
+busy it was shows in the spread that ``TileCosts`` keeps.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from ..errors import InputError
 from ..redistribute import StepKind
 from .cluster import COLLECTIVES, Cluster, Line, TileCosts
-from .fit import fit_line, median_seconds
+from .fit import fit_line, quiet_seconds
 from .tile_timing import SENT, TimeLoops, fit_tiles
 
 TimeCollective = Callable[[StepKind, int], float]
-"""(kind, bytes of the whole tensor) -> median seconds of one such collective over all ranks.
+"""(kind, bytes of the whole tensor) -> undisturbed seconds of one such collective over all ranks.
 
 The whole tensor is what all_reduce sums, what all_gather makes, what reduce_scatter takes, and all ranks' pieces of all_to_all.
 """
@@ -75,7 +76,7 @@ def matmul_flops(dtype: torch.dtype, device: str, budget: float) -> float:
     size = _MATMUL_SIZE[device]
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b, out=out), device, budget)
+    return 2 * size**3 / quiet_seconds(lambda: torch.mm(a, b, out=out), device, budget)
 
 
 def memory_bandwidth(device: str, budget: float) -> float:
@@ -83,7 +84,7 @@ def memory_bandwidth(device: str, budget: float) -> float:
     count = _STREAM_BYTES[device] // 4
     a = torch.ones(count, device=device)
     out = torch.empty_like(a)
-    return 8 * count / median_seconds(lambda: torch.mul(a, 2.0, out=out), device, budget)
+    return 8 * count / quiet_seconds(lambda: torch.mul(a, 2.0, out=out), device, budget)
 
 
 def op_overhead(device: str, budget: float) -> float:
@@ -95,7 +96,7 @@ def op_overhead(device: str, budget: float) -> float:
         for _ in range(_OVERHEAD_OPS):
             x = torch.ops.aten.add.Tensor(x, 1)
 
-    return median_seconds(run, device, budget) / _OVERHEAD_OPS
+    return quiet_seconds(run, device, budget) / _OVERHEAD_OPS
 
 
 def fit_collectives(time_collective: TimeCollective, ranks: int, sizes: Sequence[int] = MESSAGE_BYTES) -> dict[StepKind, Line]:

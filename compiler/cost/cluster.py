@@ -45,6 +45,10 @@ class Line:
         return self.alpha * max(1, math.ceil(math.log2(ranks))) + self.beta * wire_bytes
 
 
+BUSY = 0.25
+"""Spread of times above which other work has disturbed a calibration."""
+
+
 @dataclass(frozen=True)
 class TileCosts:
     """What a tile loop costs beyond its ops and its bytes, in seconds. InputError if negative.
@@ -52,7 +56,9 @@ class TileCosts:
     begin: once a loop; turn: each tile, for its views, its signal and the wait for it; repack: a byte of what a product reads
     whole, for every tile anew (weights are packed for each product); collective: one through shared memory, whatever its size;
     doubt: by how much predictions are off either way, so that a loop must gain more than twice of it; measured: whether
-    ``hocket calibrate`` has found them here. The defaults are rounded from calibrations of two-core virtual machines, and are used,
+    ``hocket calibrate`` has found them here; spread: by which part times lay above undisturbed ones then: beyond ``BUSY`` the
+    figures are not to be relied on, and a loop must gain that part of its time. The defaults are rounded from calibrations of
+    two-core virtual machines, and are used,
     and named in the decisions, until there is one of this machine.
     """
 
@@ -62,6 +68,7 @@ class TileCosts:
     collective: float = 6.0e-5
     doubt: float = 5.0e-5
     measured: bool = False
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
@@ -70,8 +77,15 @@ class TileCosts:
                 raise InputError(f"{one.name} of a tile loop must be finite and not negative; found {figure!r}")
 
     @property
+    def is_unsteady(self) -> bool:
+        """Whether the machine was too busy to be measured."""
+        return self.spread > BUSY
+
+    @property
     def origin(self) -> str:
         """Where the figures come from, for a person."""
+        if self.is_unsteady:
+            return f"costs measured on this machine while it was busy, times {self.spread:.0%} too long: hocket calibrate again"
         return "costs measured on this machine" if self.measured else "default costs: hocket calibrate measures them"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,8 +22,19 @@ def fit_line(points: Mapping[float, float]) -> tuple[float, float]:
     return slope, intercept
 
 
-def median_seconds(run: Callable[[], object], device: str, budget: float) -> float:
-    """Median time of ``run`` over as many repeats as the budget allows (at least 3), after one to warm up."""
+def quiet(times: Sequence[float]) -> float:
+    """What some repeats of the same work take when nothing disturbs them: their lowest decile. Other work on the machine only ever
+    adds time, so a mean or a median says how busy it was; the very least may be a clock's error."""
+    return sorted(times)[len(times) // 10]
+
+
+def spread(times: Sequence[float]) -> float:
+    """How much longer than undisturbed the middle one of some repeats took, as a part: 0 on a quiet machine."""
+    return statistics.median(times) / quiet(times) - 1
+
+
+def quiet_seconds(run: Callable[[], object], device: str, budget: float) -> float:
+    """Undisturbed time of ``run``, from as many repeats as the budget allows (at least 3), after one to warm up."""
     run()
     times: list[float] = []
     end = time.perf_counter() + budget
@@ -33,7 +44,7 @@ def median_seconds(run: Callable[[], object], device: str, budget: float) -> flo
         run()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return quiet(times)
 
 
 def _wait(device: str) -> None:

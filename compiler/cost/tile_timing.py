@@ -6,13 +6,16 @@
 
 The products are tiny, so there is nothing to gain and only the cost is seen. Between any two of them stands a product that is the
 same in all programs and larger than a cache: a loop in a model comes after other work, and is slower than one that follows itself.
+
+On a busy machine times are too long, and differences of them anything: so costs are differences of undisturbed times
+(``fit.quiet``), how far single differences lie apart is the ``doubt`` that a loop must overcome twice, and how far times lie above
+the undisturbed ones is kept as ``spread``.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -27,11 +30,13 @@ from ..layout import Layout, Replicate
 from ..program import Program, Role, RoleKind, Signature, annotate
 from ..tiles import Call, Cut, Read, Result, TileLoop, tile_loop_op
 from .cluster import TileCosts
-from .fit import fit_line, median_seconds
+from .fit import fit_line, quiet, quiet_seconds, spread
 
 TimeLoops = Callable[[], Mapping[int, Sequence[float]]]
-"""Tiles per chunk -> seconds of a loop of tiny products, less those of the same product and all-reduce one after the other: as many
-measurements as there were."""
+"""Tiles per chunk -> seconds of a loop of tiny products, and under ``APART`` those of the same product and all-reduce one after the
+other: measurement by measurement, taken in turns."""
+
+APART = 0
 
 TILES = (1, 8)
 SENT = 4 * 32 * 16
@@ -44,18 +49,19 @@ _HEIGHTS, _WHOLE = (32, 64, 128, 256, 512), (512, 1024)
 
 def fit_tiles(time_loops: TimeLoops, ranks: int, collective: float, budget: float) -> TileCosts:
     """Measure for about ``budget`` seconds. ranks: how many the loops run on; collective: seconds that the cost model gives to the
-    all-reduce. InputError where ``time_loops`` has not timed loops of one and of eight tiles."""
-    times = {tiles: sorted(found) for tiles, found in time_loops().items()}
+    all-reduce. InputError where ``time_loops`` has not timed loops of one and of eight tiles and none."""
+    times = {tiles: list(found) for tiles, found in time_loops().items()}
     few, many = TILES
-    if set(times) != set(TILES) or not all(times.values()):
-        raise InputError(f"expected times of loops of {few} and {many} tiles, found {times}")
-    middle = {tiles: statistics.median(found) for tiles, found in times.items()}
-    turn = max(0.0, middle[many] - middle[few]) / ranks / (many - few)
-    begin = max(0.0, middle[few] + collective - ranks * few * turn)
-    quarter = len(times[few]) // 4
-    spread = (times[few][-1 - quarter] - times[few][quarter]) / 2
-    doubt = max(TileCosts().doubt, spread)
-    return TileCosts(begin=begin, turn=turn, repack=repack_seconds(budget), doubt=doubt, measured=True)
+    if set(times) != {APART, *TILES} or not all(times.values()) or min(map(min, times.values())) <= 0:
+        raise InputError(f"expected times of loops of {few} and {many} tiles and of none, in positive seconds; found {times}")
+    longer = {tiles: quiet(times[tiles]) - quiet(times[APART]) for tiles in TILES}
+    turn = max(0.0, longer[many] - longer[few]) / ranks / (many - few)
+    begin = max(0.0, longer[few] + collective - ranks * few * turn)
+    pairs = sorted(loop - apart for loop, apart in zip(times[few], times[APART], strict=True))
+    quarter = len(pairs) // 4
+    doubt = max(TileCosts().doubt, (pairs[-1 - quarter] - pairs[quarter]) / 2)
+    seen = max(map(spread, times.values()))
+    return TileCosts(begin=begin, turn=turn, repack=repack_seconds(budget), doubt=doubt, measured=True, spread=seen)
 
 
 def repack_seconds(budget: float) -> float:
@@ -64,7 +70,7 @@ def repack_seconds(budget: float) -> float:
     points = {}
     for rows in _HEIGHTS:
         left, out = torch.ones(rows, _WHOLE[0]), torch.empty(rows, _WHOLE[1])
-        points[float(rows)] = median_seconds(functools.partial(torch.mm, left, right, out=out), "cpu", budget / len(_HEIGHTS))
+        points[float(rows)] = quiet_seconds(functools.partial(torch.mm, left, right, out=out), "cpu", budget / len(_HEIGHTS))
     return fit_line(points)[1] / right.nbytes
 
 
@@ -75,10 +81,10 @@ class LoopTimer:
         self._engine = engine
 
     def __call__(self) -> dict[int, list[float]]:
-        """Seconds by the number of tiles."""
+        """See ``TimeLoops``."""
         parts = self._engine.mesh.size
         inputs = [torch.ones(_CHUNK * parts, _WIDTH), torch.zeros(_WIDTH, _WIDTH), torch.zeros(_OTHER, _OTHER)]
-        handles = {n: self._engine.load(emit(repeated_loop(n, _COUNT, self._engine)), {}) for n in (0, *TILES)}
+        handles = {n: self._engine.load(emit(repeated_loop(n, _COUNT, self._engine)), {}) for n in (APART, *TILES)}
         times: dict[int, list[float]] = {n: [] for n in handles}
         for _ in range(_REPEATS):
             for tiles, handle in handles.items():
@@ -86,8 +92,7 @@ class LoopTimer:
                 ticket, _results = self._engine.forward(handle, inputs)
                 times[tiles].append(time.perf_counter() - start)
                 self._engine.release(ticket)
-        pairs = {tiles: zip(times[tiles], times[0], strict=True) for tiles in TILES}
-        return {tiles: [(loop - apart) / _COUNT for loop, apart in found] for tiles, found in pairs.items()}
+        return {tiles: [seconds / _COUNT for seconds in found] for tiles, found in times.items()}
 
 
 def repeated_loop(tiles: int, count: int, engine: Engine) -> Program:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from typing import Any
 
@@ -16,16 +15,17 @@ from ..emit import emit
 from ..layout import Layout, Replicate, Shard
 from ..program import Program, Role, RoleKind, Signature, annotate
 from ..redistribute import StepKind
+from .fit import quiet
 
 _FEW, _MANY = 1, 9
-_REPEATS = 7
+_REPEATS = 9
 
 
 class CollectiveTimer:
-    """``timer(kind, nbytes)``: median seconds of one collective over all ranks of a one-axis engine (see ``TimeCollective``).
+    """``timer(kind, nbytes)``: undisturbed seconds of one collective over all ranks of a one-axis engine (see ``TimeCollective``).
 
     The time of a program with one collective is taken off that of a program with many, so that what a step costs by itself drops
-    out.
+    out; the two take turns, so that both see the same machine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -36,18 +36,16 @@ class CollectiveTimer:
         ranks = self._engine.mesh.size
         rows = ranks * ranks * math.ceil(nbytes / 4 / ranks / ranks)
         value = torch.ones(rows)
-        seconds = [self._step_seconds(repeated_collective(kind, rows, count, self._engine), value) for count in (_FEW, _MANY)]
-        return max(seconds[1] - seconds[0], 1e-9) / (_MANY - _FEW)
-
-    def _step_seconds(self, program: Program, value: torch.Tensor) -> float:
-        handle = self._engine.load(emit(program), {})
-        times = []
+        handles = {n: self._engine.load(emit(repeated_collective(kind, rows, n, self._engine)), {}) for n in (_FEW, _MANY)}
+        times: dict[int, list[float]] = {n: [] for n in handles}
         for _ in range(_REPEATS):
-            start = time.perf_counter()
-            ticket, _results = self._engine.forward(handle, [value])
-            times.append(time.perf_counter() - start)
-            self._engine.release(ticket)
-        return statistics.median(times[1:])
+            for count, handle in handles.items():
+                start = time.perf_counter()
+                ticket, _results = self._engine.forward(handle, [value])
+                times[count].append(time.perf_counter() - start)
+                self._engine.release(ticket)
+        few, many = (quiet(times[n][1:]) for n in (_FEW, _MANY))
+        return max(many - few, 1e-9) / (_MANY - _FEW)
 
 
 def repeated_collective(kind: StepKind, rows: int, count: int, engine: Engine) -> Program:

@@ -18,7 +18,7 @@ from ...compiler.contract import Context, Contract, Equal
 from ...compiler.errors import HocketError
 from ...compiler.program import Decision, Program, copy_program, note
 from ..remembered import Remembered
-from ..tiles.fuse import WAIT, exposed_seconds
+from ..tiles.fuse import WAIT, exposed_seconds, least_seconds
 from ..tiles.regions import collective_of
 from ..timeline import KINDS
 from .gathered_factors import Gathered, find_gathered_factors
@@ -88,9 +88,7 @@ class SwapProducts:
     def _decided(self, found: Trade | str, collective: fx.Node, context: Context) -> tuple[Decision, Trade | None]:
         if isinstance(found, str):
             return Decision(NAME, collective.name, applied=False, reason=found, source=note(collective).source), None
-        needed = self.least_gain * found.before.seconds
-        if needed >= 0:
-            needed = max(needed, 2 * context.cluster.tiles.doubt)
+        needed = least_seconds(self.least_gain, found.before.seconds, context.cluster.tiles)
         applied = found.gain > needed
         before, after = found.before, found.after
         reason = (

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from ...compiler.contract import Context, Contract, Equal
+from ...compiler.cost.cluster import TileCosts
 from ...compiler.errors import HocketError
 from ...compiler.program import Decision, Program, copy_program, note, tensor_inputs
 from ...compiler.tiles import TileLoop, check_schedule
@@ -205,9 +206,7 @@ class _Search:
             return built
         predicted = predict(region, built.loop, self.context.cluster, self.options.tiles, self.exposed)
         loop = built.loop = predicted.loop
-        needed = self.options.least_gain * predicted.apart
-        if needed >= 0:
-            needed = max(needed, 2 * self.context.cluster.tiles.doubt)
+        needed = least_seconds(self.options.least_gain, predicted.apart, self.context.cluster.tiles)
         if predicted.gain <= needed:
             return (
                 f"predicted {predicted.apart * 1e6:.0f} us apart and {predicted.fused * 1e6:.0f} us as a loop: "
@@ -235,6 +234,14 @@ class _Search:
     def _parts(self, collective: fx.Node) -> int:
         assert self.program.mesh is not None
         return self.program.mesh.axis_size(str(collective.args[-1]))
+
+
+def least_seconds(least_gain: float, apart: float, costs: TileCosts) -> float:
+    """What a rewrite of something that takes ``apart`` seconds must be predicted to save: more than its part ``least_gain``, than
+    twice what predictions are off, and than a busy machine's times were too long. A negative part asks for nothing."""
+    if least_gain < 0:
+        return least_gain * apart
+    return max(least_gain * apart, 2 * costs.doubt, costs.spread * apart if costs.is_unsteady else 0.0)
 
 
 def exposed_seconds(program: Program, context: Context) -> dict[str, float]:

@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hocket.compiler.cost.calibrate import calibrate, fit_collectives, wire_share
 from hocket.compiler.cost.cluster import COLLECTIVES, Cluster, Line, TileCosts, default_path
-from hocket.compiler.cost.fit import fit_line
+from hocket.compiler.cost.fit import fit_line, quiet, spread
 from hocket.compiler.cost.tile_timing import LoopTimer, fit_tiles
 from hocket.compiler.errors import InputError
 from hocket.compiler.layout import Partial, Replicate, Shard
 from hocket.compiler.redistribute import StepKind, steps, wire_bytes
+from hocket.passes.tiles.fuse import least_seconds
 from hocket.runtime.engines.sim import SimEngine
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.transports.transport import LinkCost
@@ -138,21 +142,62 @@ def test_costs_of_tile_loops_survive_saving_and_old_files_keep_the_defaults(tmp_
     assert "default" in TileCosts().origin
 
 
+def loop_times(apart: float, ranks: int, begin: float, turn: float, collective: float) -> dict[int, list[float]]:
+    """Undisturbed times of loops that cost that much."""
+    loops = {n: [apart + begin + ranks * n * turn - collective] * 8 for n in (1, 8)}
+    return {0: [apart] * 8, **loops}
+
+
 def test_costs_of_tile_loops_are_a_line_through_few_and_many_tiles():
     """Three ranks: what a loop of n tiles takes longer than the collective of 2e-4 s."""
-    found = fit_tiles(lambda: {n: [5e-4 + 3 * n * 3e-5 - 2e-4] * 4 for n in (1, 8)}, 3, 2e-4, budget=0.01)
+    times = loop_times(1e-3, 3, 5e-4, 3e-5, 2e-4)
+    found = fit_tiles(lambda: times, 3, 2e-4, budget=0.01)
     assert found.begin == pytest.approx(5e-4)
     assert found.turn == pytest.approx(3e-5)
     assert found.repack >= 0
     assert found.measured
+    assert found.spread == 0
+    assert found.doubt == TileCosts().doubt
     with pytest.raises(InputError, match="1 and 8 tiles"):
-        fit_tiles(lambda: {1: [0.0]}, 2, 1e-4, budget=0.01)
-    wide = fit_tiles(lambda: {1: [0.0, 1e-3, 2e-3, 3e-3], 8: [1e-3]}, 2, 1e-4, budget=0.01)
-    assert wide.doubt > found.doubt == TileCosts().doubt
+        fit_tiles(lambda: {1: [1.0]}, 2, 1e-4, budget=0.01)
+    with pytest.raises(InputError, match="positive"):
+        fit_tiles(lambda: {**times, 8: [0.0]}, 2, 1e-4, budget=0.01)
+
+
+@given(seed=st.integers(0, 1000), busy=st.floats(0.0, 3.0))
+@settings(max_examples=20, deadline=None)
+def test_other_work_does_not_change_the_costs_of_loops_and_is_seen(seed, busy):
+    """Half of the repeats are disturbed, each by up to ``busy`` times itself: the costs stay, doubt and spread grow."""
+    rng = random.Random(seed)
+    calm = loop_times(1e-3, 2, 5e-4, 3e-5, 2e-4)
+    times = {n: [t * (1 + busy * rng.random() * (i % 2)) for i, t in enumerate(found * 3)] for n, found in calm.items()}
+    found = fit_tiles(lambda: times, 2, 2e-4, budget=0.01)
+    assert found.begin == pytest.approx(5e-4)
+    assert found.turn == pytest.approx(3e-5)
+    assert 0 <= found.spread <= busy
+    assert found.doubt >= TileCosts().doubt
+
+
+def test_a_machine_that_was_busy_throughout_is_flagged_and_asks_for_more():
+    calm = loop_times(1e-3, 2, 5e-4, 3e-5, 2e-4)
+    times = {n: [t * (1 + 0.2 * i) for i, t in enumerate(found)] for n, found in calm.items()}
+    found = fit_tiles(lambda: times, 2, 2e-4, budget=0.01)
+    assert found.is_unsteady
+    assert "busy" in found.origin
+    assert "hocket calibrate again" in found.origin
+    assert least_seconds(0.03, 1.0, found) == pytest.approx(found.spread)
+    assert least_seconds(0.03, 1.0, TileCosts(measured=True)) == pytest.approx(0.03)
+    assert least_seconds(-1.0, 1.0, found) == -1.0
+
+
+def test_undisturbed_times_are_the_lowest_decile():
+    assert quiet([5.0, 1.0, 9.0]) == 1.0
+    assert quiet([float(n) for n in range(20)]) == 2.0
+    assert spread([1.0, 2.0, 4.0]) == 1.0
 
 
 def test_loops_are_timed_on_an_engine():
-    assert set(LoopTimer(SimEngine(Mesh((("d", 2),))))()) == {1, 8}
+    assert set(LoopTimer(SimEngine(Mesh((("d", 2),))))()) == {0, 1, 8}
 
 
 def test_over_a_link_every_collective_takes_its_line():
