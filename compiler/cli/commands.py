@@ -270,4 +270,9 @@ def calibrate(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
     facts = cluster.to_json()
     console.print_json(data=facts)
     console.print(f"saved to {path}; plans use it from now on")
+    if cluster.tiles.is_unsteady:
+        console.print(
+            f"[yellow]the machine was busy: times were {cluster.tiles.spread:.0%} longer than undisturbed ones. Until it is "
+            "calibrated in a quiet moment, rewrites must gain as much before they are made"
+        )
     return {**facts, "path": str(path)}
