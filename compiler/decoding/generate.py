@@ -24,7 +24,7 @@ from .drafts import Draft, new_draft
 from .lm import CachedLM
 from .probe import probed
 from .report import DecodeReport
-from .window import Window, window_for
+from .window import Window, clock, learned_window, window_for
 
 CAUTION = 16.0  # a margin below so many times the measured rounding is a near tie
 
@@ -83,7 +83,11 @@ def generate(
     InputError for a model or arguments that this cannot hold for.
     """
     rows = _rows(prompt, max_new_tokens)
-    size = window_for(window)
+    size = (
+        learned_window(lm, (len(rows), temperature, draft if isinstance(draft, str) else id(draft)))
+        if window == "auto"
+        else window_for(window)
+    )
     choose = choice_for(temperature, seed, noise, (len(rows), max_new_tokens))
     limit = rows.shape[1] + max_new_tokens
     start = time.perf_counter()
@@ -124,7 +128,7 @@ class _Loop:
 
     def sweep(self, sequences: list[Sequence]) -> None:
         """Evaluate a window of every sequence and settle what is right of it."""
-        start = time.perf_counter()
+        start = clock()
         is_single = any(s.cautious for s in sequences)
         left = max(s.end - len(s.tokens) for s in sequences)
         wanted = 1 if is_single else self.window.next_size()
@@ -140,7 +144,7 @@ class _Loop:
         self.report.windows[count] += 1
         self.report.expected += self.window.expected(count) * len(sequences)
         if not is_single and count == wanted:
-            self.window.observe(count, right, time.perf_counter() - start)
+            self.window.observe(count, right, clock() - start)
 
     def _guess(self, s: Sequence, count: int) -> list[int]:
         noise = self.choose.noise(s.row, len(s.tokens) - self.prompt, count, self.vocabulary)

@@ -1,12 +1,14 @@
-"""How many tokens to evaluate at once: the size with the most tokens settled per second, from what this run has shown so far."""
+"""How many tokens to evaluate at once: the size with the most tokens settled per second, from what has been seen so far."""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ..errors import InputError
 
@@ -76,6 +78,22 @@ def window_for(window: int | str) -> Window:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise InputError(f'window must be a number of tokens from 1 up, or "auto"; found {window!r}')
     return Window(window)
+
+
+_LEARNED: weakref.WeakKeyDictionary[object, dict[tuple[object, ...], Window]] = weakref.WeakKeyDictionary()
+MOST_LEARNED = 16
+
+
+def learned_window(lm: object, use: tuple[object, ...]) -> Window:
+    """The window that earlier decodings of a model have tuned for one use (rows, temperature, draft): sizes are tried once."""
+    if not isinstance(lm, nn.Module):
+        return Window(None)  # refused later, by name
+    kept = _LEARNED.setdefault(lm, {})
+    if use not in kept:
+        while len(kept) >= MOST_LEARNED:
+            kept.pop(next(iter(kept)))
+        kept[use] = Window(None)
+    return kept[use]
 
 
 def best_size(sizes: Sequence[int], rates: Callable[[int], Sequence[float]]) -> int:

@@ -24,6 +24,7 @@ from transformers import (
 
 import hocket
 from hocket.compiler.decoding.drafts import NGramDraft
+from hocket.compiler.decoding.window import learned_window
 from hocket.errors import InputError
 
 SIZES: dict[str, Any] = {
@@ -241,3 +242,18 @@ def test_auto_follows_how_far_guesses_are_right() -> None:
             window.observe(size, [min(right, size - 1)], 1.0 + 0.05 * size)
             sizes.append(size)
         assert max(set(sizes[-100:]), key=sizes[-100:].count) == best
+
+
+def test_a_model_keeps_what_its_windows_have_learned() -> None:
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(GPT2).eval()
+    prompt = torch.randint(0, 40, (2, 6))
+    hocket.generate(lm, prompt, 40)
+    same = learned_window(lm, (2, 0.0, "past"))
+    assert {1, 8} <= set(same._seconds)
+    assert learned_window(lm, (2, 0.0, "repeat"))._sweeps == 0
+    before = same._sweeps
+    ids, report = hocket.generate(lm, prompt, 40)
+    assert same._sweeps > before
+    assert torch.equal(ids, hocket.generate(lm, prompt, 40, window=1).ids)
+    assert report.expected > 0
