@@ -21,7 +21,7 @@ import chain_pixels
 import chain_recurrent
 import chain_sample
 import chain_time
-from common import Row, arguments, machine, report
+from common import Row, arguments, machine, measured, report
 
 INTRO = """
 `Jacobi()` on models that are not changed, beside torch; `hocket.sample` and `hocket.generate` beside the fair baselines, which
@@ -49,11 +49,7 @@ def main() -> None:
         "decode": lambda: chain_decode.rows(quick=options.quick),
         "gpu": lambda: chain_gpu.rows(quick=options.quick),
     }
-    rows: list[Row] = []
-    for name, measure in groups.items():
-        if options.only in name:
-            rows += measure()
-    report("chain", "Recurrences solved in parallel", INTRO, rows, options, where)
+    report("chain", "Recurrences solved in parallel", INTRO, measured(groups, options), options, where)
 
 
 if __name__ == "__main__":

@@ -148,13 +148,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="end within a minute: smaller models, fewer repeats, no page written")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     made.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
-    made.add_argument("--only", metavar="TEXT", default="", help="only groups of claims whose name contains TEXT")
+    made.add_argument("--only", metavar="TEXT", default="", help="only the group of that name, or those whose names contain TEXT")
     return made
 
 
 def arguments(description: str | None) -> argparse.Namespace:
     """The options that every benchmark has."""
     return parser(description).parse_args()
+
+
+def measured(groups: Mapping[str, Callable[[], Sequence[Row]]], options: argparse.Namespace) -> list[Row]:
+    """The rows of the groups that ``--only`` asks for: the one of that name, else all whose names contain it."""
+    names = [options.only] if options.only in groups else [name for name in groups if options.only in name]
+    if not names:
+        sys.exit(f"--only {options.only}: expected a part of one of {', '.join(groups)}")
+    rows: list[Row] = []
+    for name in names:
+        progress(name)
+        rows += groups[name]()
+    return rows
 
 
 def report(name: str, title: str, intro: str, rows: Sequence[Row], options: argparse.Namespace, where: str) -> None:

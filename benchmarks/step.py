@@ -19,7 +19,7 @@ import step_runtime
 import step_train
 import step_vocabulary
 import step_wire
-from common import Row, arguments, machine, report
+from common import Row, arguments, machine, measured, report
 
 INTRO = """
 What one training step costs (forward, backward and AdamW of the demo's Llama), and what surrounds it. Ratios say how many times
@@ -45,11 +45,7 @@ def main() -> None:
         "inductor": lambda: step_inductor.rows(quick=options.quick),
         "planning": lambda: step_planning.rows(quick=options.quick),
     }
-    rows: list[Row] = []
-    for name, measure in groups.items():
-        if options.only in name:
-            rows += measure()
-    report("step", "The step and what surrounds it", INTRO, rows, options, where)
+    report("step", "The step and what surrounds it", INTRO, measured(groups, options), options, where)
 
 
 if __name__ == "__main__":

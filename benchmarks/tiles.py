@@ -5,16 +5,19 @@ Two real ranks of one thread each. Times are those of the slower rank; contender
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
+from collections.abc import Callable
 
 import torch
-from common import Row, Sample, arguments, equal, machine, progress, report, versus
+from common import Row, Sample, arguments, equal, machine, measured, progress, report, versus
 from tiles_link import bound, first_share, median_of, name_of
 from tiles_model import TILES, Device, calibrated, chosen_form, is_fused, sublayer_seconds, sublayers
 from tiles_patterns import pattern_rows
 from tiles_ranks import Ranks
 from tiles_step import linked_rows, step_rows
+from tiles_swaps import swap_rows
 
 from hocket.compiler.cost.cluster import Cluster
 from hocket.compiler.rules.table import RuleTable
@@ -149,13 +152,13 @@ def never_slower(ranks: Ranks, cluster: Cluster, count: int, repeats: int) -> li
     worst = sample.percentile(95)
     text = f"{worst:.3f} of the time unfused at the 95th percentile, {sample.median:.3f} at the median; {fused} of {count} fused"
     costs = cluster.tiles
-    measured = (
+    costs_text = (
         f"a loop {costs.begin * 1e6:.0f} us, a tile {costs.turn * 1e6:.0f} us, a byte of weights {costs.repack * 1e12:.0f} ps, "
-        f"doubt {costs.doubt * 1e6:.0f} us"
+        f"doubt {costs.doubt * 1e6:.0f} us, spread {costs.spread:.0%}"
     )
     return [
         Row("never slower", f"{count} random shapes, fp32", worst, "", goal="<= 1.02", met=worst <= 1.02, text=text),
-        Row("never slower", "calibrated", costs.begin, text=measured),
+        Row("never slower", "calibrated", costs.begin, text=costs_text),
     ]
 
 
@@ -187,23 +190,20 @@ def main() -> None:
     """Run all groups, print, check."""
     options = arguments(__doc__)
     where, repeats = machine(), 5 if options.quick else 9
-    rows: list[Row] = []
-    progress("calibrating")
-    cluster = calibrated()
     with Ranks(PARTS) as ranks:
-        groups = {
+        here = functools.cache(calibrated)  # once, where a group asks for it
+        groups: dict[str, Callable[[], list[Row]]] = {
             "products": lambda: products(ranks, repeats, quick=options.quick),
             "bytes": lambda: memory(ranks),
-            "step": lambda: step_rows(ranks, cluster, 3 if options.quick else 5, with_bf16=not has_slow_bf16(ranks)),
-            "linked": lambda: linked_rows(ranks, cluster, 3 if options.quick else 5, quick=options.quick),
-            "link": lambda: links(ranks, cluster, 3 if options.quick else 5, quick=options.quick),
-            "never": lambda: never_slower(ranks, cluster, 20 if options.quick else 200, 3),
+            "step": lambda: step_rows(ranks, here(), 3 if options.quick else 5, with_bf16=not has_slow_bf16(ranks)),
+            "linked": lambda: linked_rows(ranks, here(), 3 if options.quick else 5, quick=options.quick),
+            "link": lambda: links(ranks, here(), 3 if options.quick else 5, quick=options.quick),
+            "swaps": lambda: swap_rows(ranks, here(), 3 if options.quick else 5, quick=options.quick),
+            "never": lambda: never_slower(ranks, here(), 20 if options.quick else 200, 3),
             "patterns": pattern_rows,
             "t3": lambda: simulated(ranks),
         }
-        for name, group in groups.items():
-            if options.only in name:
-                rows += group()
+        rows = measured(groups, options)
     report("tiles", "Tile loops", INTRO, rows, options, where)
 
 
