@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from ..runtime.mesh import Mesh
 from .capture import capture
+from .capture.failures import without_torchs_log
 from .capture.leaves import flatten_inputs
 from .capture.sizes import label_dimensions
 from .errors import HocketError
@@ -66,29 +65,22 @@ def smaller_program(program: Program, retrace: Retrace, mesh: Mesh, *, skip: int
     """
     wanted = _small_sizes(program.sizes, mesh.size, skip)
     attempts = [wanted, *({name: size} for name, size in wanted.items())] if len(wanted) > 1 else [wanted]
+    return same_program_at(attempts, program, retrace)
+
+
+def same_program_at(attempts: Sequence[Mapping[str, int]], program: Program, retrace: Retrace) -> Program | None:
+    """The first of some sizes at which the call is captured as the same program; None where it is another one at all of them."""
     for attempt in attempts:
         if not attempt:
             continue
         try:
-            with quiet_fakes():
+            with without_torchs_log():
                 small = retrace(attempt)
         except HocketError:
             continue  # the model refuses these sizes, as one whose input width is a parameter's does
         if not skeleton_difference(program, small):
             return small
     return None
-
-
-@contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Torch logs every shape that does not fit as an error; within this, that is one of the expected answers."""
-    torch_log = logging.getLogger("torch._subclasses.fake_tensor")
-    before = torch_log.disabled
-    torch_log.disabled = True
-    try:
-        yield
-    finally:
-        torch_log.disabled = before
 
 
 def _small_sizes(sizes: Mapping[str, int], ranks: int, skip: int = 0) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import time
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +27,7 @@ from ..doors.parallelize import parallelize
 from ..doors.pipeline.compile import CompiledPipeline
 from ..doors.threads import single_threaded
 from ..errors import InputError, VerificationError
+from ..plan.formulas import cost_formulas
 from ..report.rows import activation_groups, decision_row, parameter_groups
 from ..report.text import captured, decisions_table, every_decision, passes_table, plan_table
 from ..retrace import Retrace
@@ -49,16 +52,31 @@ def plan(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Capture and plan; run nothing."""
     if pipelined(arguments):
         return show_stages(_stages(arguments), arguments, console)
-    compiled = _compile(arguments, level="off")
+    target = _target(arguments)
+    compiled = _compile(target, arguments, level="off")
     console.print(captured(compiled), plan_table(compiled))
-    return _facts(compiled)
+    return {**_facts(compiled), **(_formulas(compiled, target, arguments, console) if arguments.formulas else {})}
+
+
+def _formulas(compiled: Compiled, target: Target, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Print what the plan costs as formulas of the named sizes."""
+    retrace = Retrace(target.model, target.args, target.kwargs, train=not arguments.inference)
+    cost = cost_formulas(compiled.program, compiled.plan, _options(arguments, level=None).cluster, retrace)
+    if cost is None:
+        console.print("no formulas: at other sizes the model is another program")
+        return {"formulas": None}
+    formulas = {field.name: str(sympy.expand(getattr(cost, field.name))) for field in dataclasses.fields(cost)}
+    console.print("per rank and step, with the placements above:")
+    for name, formula in formulas.items():
+        console.print(f"  {name} = {formula}", soft_wrap=True, markup=False)
+    return {"formulas": formulas}
 
 
 def explain(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Every decision, and the program on request."""
     if pipelined(arguments):
         return show_stages(_stages(arguments), arguments, console)
-    compiled = _compile(arguments, level=None)
+    compiled = _compile(_target(arguments), arguments, level=None)
     console.print(captured(compiled), passes_table(compiled), decisions_table(every_decision(compiled), arguments.topic))
     if arguments.code:
         console.print(compiled.lowered.graph.code)
@@ -73,7 +91,7 @@ def verify(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         return _verify_against(arguments, console)
     if pipelined(arguments):
         return prove_stages(_stages(arguments), arguments, console)
-    compiled = _compile(arguments, level=arguments.level)
+    compiled = _compile(_target(arguments), arguments, level=arguments.level)
     console.print(captured(compiled), passes_table(compiled))
     for record in compiled.records:
         console.print(record.verdict)
@@ -208,8 +226,7 @@ def _target(arguments: argparse.Namespace) -> Target:
 
 
 @single_threaded
-def _compile(arguments: argparse.Namespace, *, level: str | None) -> Compiled:
-    target = _target(arguments)
+def _compile(target: Target, arguments: argparse.Namespace, *, level: str | None) -> Compiled:
     train = not arguments.inference
     start = time.perf_counter()
     program = capture(target.model, target.args, target.kwargs, train=train)

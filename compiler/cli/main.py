@@ -109,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         "verify": "prove that the parallel program computes the same function",
     }
     made = {name: commands.add_parser(name, parents=[common, model], help=text, description=text) for name, text in about.items()}
+    made["plan"].add_argument(
+        "--formulas", action="store_true", help="also what the plan costs as formulas of the named sizes, such as B and S"
+    )
     made["explain"].add_argument("topic", nargs="?", default="", help="only decisions that mention this")
     made["explain"].add_argument("--code", action="store_true", help="print the program that every rank runs")
     made["run"].add_argument("--steps", type=_count, default=10, help="steps to run (default: %(default)s)")

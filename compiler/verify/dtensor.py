@@ -22,11 +22,11 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ...runtime.mesh import Mesh
+from ..capture.failures import without_torchs_log
 from ..capture.leaves import flatten_outputs
 from ..errors import HocketError, InputError
 from ..layout import Layout, format_layout, local_shape, parse_placement, replicated
 from ..program import Program, Role, RoleKind
-from ..retrace import quiet_fakes
 from .foreign import Layouts, Ports, program_of
 
 
@@ -92,7 +92,7 @@ class _Tracer:
         self._check_names(state, roles)
         self.pieces = {role: self._layout_in(role, state) for role in roles if role.kind is not RoleKind.TANGENT}
         tangents = [role for role in roles if role.kind is RoleKind.TANGENT]
-        with _as_rank(self.device_mesh, self.mesh, rank), quiet_fakes():
+        with _as_rank(self.device_mesh, self.mesh, rank), without_torchs_log():
             locals_ = [self._piece(role, rank) for role in self.pieces]
             shapes = [self._tangent(role, rank) for role in tangents]
             try:

@@ -18,12 +18,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from ...runtime.mesh import Mesh
 from ..capture.counter_random import CounterRandom
+from ..capture.failures import without_torchs_log
 from ..capture.recorder import Recorder
 from ..capture.sources import SourceFinder
 from ..errors import HocketError, InputError
 from ..layout import Layout, local_shape, parse_placement, replicated
 from ..program import NOTE, note
-from ..retrace import quiet_fakes
 
 Mode = Literal["real", "fake"]
 
@@ -44,7 +44,7 @@ def trace_function(function: Callable[..., Any], tensors: Sequence[torch.Tensor]
 
     mode: Mode = "fake" if fake else "real"
     try:
-        with quiet_fakes(), torch.autograd.set_multithreading_enabled(False):
+        with without_torchs_log(), torch.autograd.set_multithreading_enabled(False):
             traced = make_fx(run, tracing_mode=mode, _allow_non_fake_inputs=True)(*tensors)
             changes = any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes)
             return _functional(traced, tensors, mode) if changes else traced
