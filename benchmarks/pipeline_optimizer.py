@@ -6,6 +6,7 @@ how many collectives the gradients of two replicas take in a step, counted in th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import time
@@ -17,6 +18,8 @@ from common import Row, Sample, versus
 import hocket
 from hocket.compiler.demo.llama import Llama, LlamaConfig
 from hocket.compiler.demo.text import batches
+from hocket.compiler.doors.module import session_of
+from hocket.compiler.doors.pipeline.session import PipelineSession
 from hocket.compiler.stages import ONCE, Pipeline
 
 CLAIM = "the optimizer on the stages"
@@ -24,7 +27,7 @@ CLAIM = "the optimizer on the stages"
 
 def rows(config: LlamaConfig, *, quick: bool) -> list[Row]:
     """All rows."""
-    return [_step_row(config, 5 if quick else 15), *_sum_rows()]
+    return [_step_row(config, 5 if quick else 15), *_sum_rows(), *_bucket_rows(5 if quick else 25)]
 
 
 def _step_row(config: LlamaConfig, repeats: int) -> Row:
@@ -77,7 +80,8 @@ def _sum_rows() -> list[Row]:
         cut = step.compiled.pipeline
     parameters = sum(1 for _ in model.parameters())
     made, naive = _collectives(cut), count * parameters
-    goal = f"<= {parameters}, one for each parameter"
+    stages = len(cut.stages)
+    goal = f"<= {stages}, one for each stage"
     text = f"{made} collectives for {parameters} gradients and {count} micro-batches; for every micro-batch they would be {naive}"
     case = f"pp=2,dp=2, m = {count}: sums of gradients in a step"
     return [
@@ -89,10 +93,41 @@ def _sum_rows() -> list[Row]:
             {"every micro-batch": float(naive)},
             None,
             goal,
-            made <= parameters,
+            made <= stages,
             text=text,
         )
     ]
+
+
+def _bucket_rows(repeats: int) -> list[Row]:
+    """Two replicas of one stage, with one sum for all small gradients and with one for each: the same bytes, fewer collectives."""
+    config = LlamaConfig(vocabulary=256, width=64, layers=8, heads=4, kv_heads=4, hidden=172, context=16)
+    torch.manual_seed(0)
+    model, data = Llama(config), next(batches(4, config.context))
+    with contextlib.ExitStack() as stack:
+        steps, sent = [], []
+        for buckets in (True, False):
+            tactic = hocket.PipelineParallel(microbatches=2, schedule="1f1b", buckets=buckets)
+            twin = copy.deepcopy(model)
+            stages = stack.enter_context(hocket.parallelize(twin, "pp=1,dp=2", tactics=[tactic], verify="types"))
+            stages.train_step(*data)
+            session = session_of(stages)
+            assert isinstance(session, PipelineSession)
+            sent.append(_reduced(session.compiled.pipeline))
+            steps.append(lambda stages=stages: stages.train_step(*data))
+        ours, theirs = (Sample(tuple(seconds)) for seconds in in_turns(steps, repeats))
+    (count, size), (counts, sizes) = sent
+    case = "two real replicas of one stage, 8 layers of width 64"
+    text = f"{count} collectives of {size:,} bytes in all, {counts} of {sizes:,}"
+    same = Row("replicas of stages", f"{case}: sums of gradients", float(size), "B", {"one each": float(sizes)}, None, text=text)
+    return [versus("replicas of stages", f"{case}: a step", ours, "a sum for each gradient", theirs), same]
+
+
+def _reduced(cut: Pipeline) -> tuple[int, int]:
+    """How many sums of gradients there are in a step, and their bytes."""
+    nodes = [node for stage in cut.stages for part in stage.parts if part.kind in ONCE for node in part.program.nodes]
+    sums = [node.meta["val"] for node in nodes if node.target is torch.ops._c10d_functional.all_reduce.default]
+    return len(sums), sum(value.numel() * value.element_size() for value in sums)
 
 
 def _collectives(cut: Pipeline) -> int:

@@ -6,6 +6,7 @@ stage 0 gives a_0, stage 2 gives b_2 + c_2; they are added once a step rather th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -54,10 +55,20 @@ def gradients_of(program: Program) -> dict[str, fx.Node]:
 
 
 def _accumulated(gradient: fx.Node) -> fx.Node:
-    """What one micro-batch contributes to a gradient: without the steps of the optimizer's phase behind it."""
-    node = gradient
+    """What one micro-batch contributes to a gradient: without the steps of the optimizer's phase behind it.
+
+    Where several gradients are summed as one (``SumInBuckets``), piece i of the sum is made of piece i of what is summed.
+    """
+    node, place = gradient, 0
     while node.op == "call_function" and note(node).phase is Phase.OPTIMIZER:
-        node = tensor_inputs(node)[0]
+        if node.target is operator.getitem:
+            source, place = node.args[0], node.args[1]  # type: ignore[assignment]
+        elif node.target is torch.ops.aten.cat.default:
+            source = tensor_inputs(node)[place]
+        else:
+            source = node.all_input_nodes[0]
+        assert isinstance(source, fx.Node), "a step of the optimizer's phase behind a gradient reads a node"
+        node = source
     return node
 
 

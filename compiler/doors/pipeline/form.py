@@ -14,6 +14,7 @@ from ....passes.backward_split_costs import Costs
 from ....passes.joined_micro_batches import SMALL, accumulation, decisions_of, joining, products_of
 from ....passes.pipeline import CutStages, cut_stages
 from ....passes.shard import Shard
+from ....passes.sum_in_buckets import SumInBuckets
 from ....passes.sum_once import SumOnce
 from ....runtime.mesh import Mesh
 from ...capture.front import Example
@@ -27,12 +28,13 @@ from ...passmanager import PassRecord, run_passes
 from ...plan.pipeline.forms import FOLDED
 from ...plan.plan import Plan
 from ...plan.planner import plan
-from ...program import Decision, Program, note, producer
+from ...program import Decision, Program, RoleKind, note, producer
 from ...rules.table import RuleTable
 from ...stages import ONCE, Pipeline
 from ...verify.report import Status, Verdict
 from .batch import CallArgs
 from .options import PipelineOrder
+from .overlap import with_tile_loops
 from .units import partition, partition_as_before, weight_pieces
 
 
@@ -88,6 +90,10 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
         pieces = weight_pieces(lowered, forward, wanted, costs) if wanted > 1 else {}
     else:
         forward, pieces = dict(like.forward), dict(like.pieces)
+    if train and order.inner is not None and order.tactic.buckets:
+        joint = SumInBuckets(_owners(cut_stages(lowered, forward, pieces)))
+        lowered, more = run_passes(lowered, (joint,), context, level=order.level)
+        early, records = (*early, joint), (*records, *more)
     cut = CutStages(forward, pieces)
     joined, cut_records = run_passes(lowered, (cut,), context, level=order.level)
     pipeline = cut_stages(lowered, forward, pieces)
@@ -95,6 +101,9 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
         _check_even(pipeline, order.inner, rows)
     if train and order.tactic.joined > 1:
         proof, said = _joined_products(order, pipeline, context)
+        records, joined = (*records, *proof), joined.decided(*said)
+    if order.overlap is not None and order.inner is not None:
+        pipeline, proof, said = with_tile_loops(pipeline, order.overlap, context, order.level)
         records, joined = (*records, *proof), joined.decided(*said)
     passes = (*early, cut)
     return Form(rows, program, lowered, pipeline, joined, (*records, *cut_records), passes, context, forward, pieces)
@@ -109,6 +118,18 @@ def _joined_products(
         return (), decisions_of(pipeline, count, context)
     _, records = run_passes(accumulation("a weight", SMALL, count), (joining(),), context, level=order.level)
     return records, decisions_of(pipeline, count, context)
+
+
+def _owners(pipeline: Pipeline) -> dict[str, int]:
+    """Parameter -> the stage that finishes its gradient."""
+    return {
+        role.name: stage.stage
+        for stage in pipeline.stages
+        for part in stage.parts
+        if part.kind in ONCE
+        for role in part.program.signature.inputs
+        if role.kind is RoleKind.GRADIENT
+    }
 
 
 def _partition(order: PipelineOrder, program: Program, stages: int, costs: Costs) -> dict[str, int]:

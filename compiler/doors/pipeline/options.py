@@ -18,6 +18,7 @@ from ...cost.cluster import Cluster
 from ...errors import InputError
 from ...plan.pipeline.forms import NAMES
 from ...plan.tactics import Auto, DataParallel, RewriteTactic, Tactic, TensorParallel, Zero
+from ..overlap import OverlapTiles
 
 AXIS = "pp"
 
@@ -36,7 +37,8 @@ class PipelineParallel(RewriteTactic):
     scalar, None where the model returns the loss itself. reduction: "mean" where the loss of a batch is the mean of those of its
     rows, else "sum". split: options of the backward split. joined: the weight gradients of so many micro-batches are made by one
     product over all their rows (1: one product for each, added up in their order); their sums are then rounded otherwise, within a
-    bound that ``explain("join-micro-batches")`` states, and their factors are kept until the last of them.
+    bound that ``explain("join-micro-batches")`` states, and their factors are kept until the last of them. buckets: sum the
+    small gradients of a stage over its replicas by one collective.
     """
 
     axis: str = AXIS
@@ -48,6 +50,7 @@ class PipelineParallel(RewriteTactic):
     reduction: str = "mean"
     split: BackwardSplit = field(default_factory=BackwardSplit)
     joined: int = 1
+    buckets: bool = True
 
     def __post_init__(self) -> None:
         check_microbatches(self.microbatches)
@@ -100,7 +103,8 @@ class PipelineOrder:
     """What to compile.
 
     mesh: all axes; placing: tactics of the axes beside the pipeline's; level: how much to prove; optimizer: to run on the stages,
-    None where the caller steps it; clip_norm: see ``capture_step``; agreement: where every rank compiles for itself.
+    None where the caller steps it; clip_norm: see ``capture_step``; agreement: where every rank compiles for itself; overlap: tile
+    loops in stages that several ranks run.
     """
 
     model: nn.Module
@@ -111,6 +115,7 @@ class PipelineOrder:
     optimizer: Optimizer | None = None
     clip_norm: float | None = None
     agreement: Agreement | None = None
+    overlap: OverlapTiles | None = None
 
     @property
     def ranks(self) -> int:
@@ -144,7 +149,8 @@ def pipeline_order(
     chosen = asked[0] if asked else PipelineParallel()
     if chosen.axis not in mesh.names:
         raise InputError(f"PipelineParallel is for the axis {chosen.axis!r}, which mesh {mesh} does not have")
-    others = [tactic for tactic in given if isinstance(tactic, RewriteTactic) and tactic is not chosen]
+    overlap = next((tactic for tactic in given if isinstance(tactic, OverlapTiles)), None)
+    others = [tactic for tactic in given if isinstance(tactic, RewriteTactic) and tactic not in (chosen, overlap)]
     if others:
         raise InputError(
             f"a pipeline takes no {type(others[0]).__name__} beside it; options of PipelineParallel say how the backward is split"
@@ -156,7 +162,7 @@ def pipeline_order(
     for axis in mesh.names:
         if axis != chosen.axis and axis not in placing:
             placing[axis] = BY_NAME.get(axis, Auto)(axis)
-    return PipelineOrder(model, mesh, chosen, tuple(placing.values()), level)
+    return PipelineOrder(model, mesh, chosen, tuple(placing.values()), level, overlap=overlap)
 
 
 def parse_bytes(text: int | str | None) -> int | None:
