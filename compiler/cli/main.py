@@ -109,6 +109,17 @@ def _parser() -> argparse.ArgumentParser:
         "verify": "prove that the parallel program computes the same function",
     }
     made = {name: commands.add_parser(name, parents=[common, model], help=text, description=text) for name, text in about.items()}
+    _options_of_their_own(made)
+    commands.add_parser("doctor", parents=[common], help="what this machine has, and what will work on it")
+    calibrate = commands.add_parser("calibrate", parents=[common], help="measure this machine for the cost model (about 15 s)")
+    calibrate.add_argument(
+        "--ranks", type=_count, default=2, help="local ranks between which collectives are timed (default: %(default)s)"
+    )
+    return parser
+
+
+def _options_of_their_own(made: dict[str, argparse.ArgumentParser]) -> None:
+    """What one of the commands on a model takes and the others do not."""
     made["plan"].add_argument(
         "--formulas", action="store_true", help="also what the plan costs as formulas of the named sizes, such as B and S"
     )
@@ -147,10 +158,3 @@ def _parser() -> argparse.ArgumentParser:
         made[name].add_argument(
             "--canary", action="store_true", help="first run one tiny step on the ranks in exact integers, compared bit for bit"
         )
-
-    commands.add_parser("doctor", parents=[common], help="what this machine has, and what will work on it")
-    calibrate = commands.add_parser("calibrate", parents=[common], help="measure this machine for the cost model (about 15 s)")
-    calibrate.add_argument(
-        "--ranks", type=_count, default=2, help="local ranks between which collectives are timed (default: %(default)s)"
-    )
-    return parser
