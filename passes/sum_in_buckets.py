@@ -20,7 +20,7 @@ import torch.fx as fx
 from torch.distributed.tensor import Shard
 
 from ..compiler.contract import Context, Contract, Equal
-from ..compiler.program import Decision, Phase, Program, RoleKind, annotate, copy_program, note
+from ..compiler.program import Decision, Phase, Program, RoleKind, annotate, copy_program, note, tensor_leaves
 from ..compiler.redistribute import StepKind
 from .backward_split_costs import Costs, stored_bytes
 
@@ -142,23 +142,12 @@ def _join(bucket: list[Sum], by: str) -> None:
         values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
         node.meta["val"] = target(*values) if target not in (c10d.all_reduce.default, c10d.wait_tensor.default) else values[0]
         layouts = like.layouts if shape_like is None else note(shape_like).layouts
-        if isinstance(node.meta["val"], torch.Tensor):
-            shapes = (tuple(int(size) for size in node.meta["val"].shape),)
-            annotate(
-                node,
-                source=like.source,
-                module=like.module,
-                phase=Phase.OPTIMIZER,
-                layouts=layouts,
-                global_shapes=shapes,
-                added_by=by,
-            )
-        else:
-            shapes = tuple(tuple(int(size) for size in value.shape) for value in node.meta["val"])
-            many = None if layouts is None else layouts * len(shapes)
-            annotate(
-                node, source=like.source, module=like.module, phase=Phase.OPTIMIZER, layouts=many, global_shapes=shapes, added_by=by
-            )
+        results = tensor_leaves(node.meta["val"])
+        shapes = tuple(tuple(int(size) for size in value.shape) for value in results)
+        of_all = None if layouts is None else layouts * len(results)
+        annotate(
+            node, source=like.source, module=like.module, phase=Phase.OPTIMIZER, layouts=of_all, global_shapes=shapes, added_by=by
+        )
         return node
 
     with graph.inserting_before(last):
