@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .report import ChainReport
+from .scratch import Scratch
 from .steps import Chain, Lanes
 
 TEST_EVERY = 4
@@ -120,15 +121,15 @@ def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0, warm: int = 0) -
     from zero. If that holds, one sweep is enough, and all that is to be tested is that blocks end where the next ones started.
     """
     count, number = chain.count, -(-chain.count // window)
-    lanes = chain.lanes(number)
-    columns = [by_step(lanes, stream, window) for stream in chain.streams]
+    lanes, scratch = chain.lanes(number), Scratch()
+    columns = [by_step(lanes, stream, window, scratch) for stream in chain.streams]
     slices = [[column[t] for column in columns] for t in range(window)]
     guess = [torch.cat([first[None], first.new_zeros((number - 1, *first.shape))]) for first in chain.init]
     warm = min(warm, window) if number > 1 else 0
     if warm:
         led = lanes.sweep(lanes.pack(guess), slices[window - warm :], keep=False)
         guess = shifted(chain.init, lanes.unpack([s[-1] for s in led]))
-    stored = lanes.sweep(lanes.pack(guess), slices)
+    stored = lanes.sweep(lanes.pack(guess), slices, scratch=scratch)
     ends = [s[-1] for s in stored]
     stop.measure(ends)
     if not all(stop.scales):
@@ -145,6 +146,8 @@ def blocks(chain: Chain, stop: Stop, window: int, cap: int = 0, warm: int = 0) -
         new = shifted(chain.init, lanes.unpack([s[-1] for s in stored]))
         settled = sweeps >= number or (merged and stop.settled(new, guess))
     trajectory = [in_order(lanes, s, count) for s in stored]
+    if number > 1 and window > 1:  # else what is in order is a view
+        scratch.give_back()
     exact = min(sweeps * window, count)
     residual = 0.0 if exact == count else max(residual, stop.residual)
     report = ChainReport(f"blocks:{window}", count, steps, sweeps, residual, contraction, exact)
@@ -212,15 +215,24 @@ def shifted(init: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat([first[None], states[:-1]]) for first, states in zip(init, after, strict=True)]
 
 
-def by_step(lanes: Lanes, stream: Tensor, window: int) -> tuple[Tensor, ...]:
-    """The slices of a stream [count, ...] for all lanes, by step within the block. The last block repeats the last slice."""
-    missing = lanes.n * window - stream.shape[0]
-    if missing:
-        stream = torch.cat([stream, stream[-1:].expand(missing, *stream.shape[1:])])
+def by_step(lanes: Lanes, stream: Tensor, window: int, scratch: Scratch | None = None) -> tuple[Tensor, ...]:
+    """The slices of a stream [count, ...] for all lanes, by step within the block. The last block repeats the last slice. scratch:
+    where they may lie."""
+    take = (scratch or Scratch()).take
+    count, sizes = stream.shape[0], stream.shape[1:]
     if lanes.rows == 1:
-        return stream.reshape(lanes.n, window, *stream.shape[2:]).unbind(1)  # without a copy
-    split = stream.reshape(lanes.n, window, *stream.shape[1:])
-    return lanes.pack_each(split.transpose(0, 1).contiguous()).unbind(0)
+        if lanes.n * window > count:
+            filled = take((lanes.n * window, *sizes), stream)
+            filled[:count], filled[count:] = stream, stream[-1]
+            stream = filled
+        return stream.reshape(lanes.n, window, *sizes[1:]).unbind(1)  # without a copy
+    split = take((window, lanes.n, *sizes), stream)
+    whole = count // window
+    split[:, :whole] = stream[: whole * window].reshape(whole, window, *sizes).transpose(0, 1)
+    if whole < lanes.n:
+        rest = count - whole * window
+        split[:rest, whole], split[rest:, whole] = stream[whole * window :], stream[-1]
+    return lanes.pack_each(split).unbind(0)
 
 
 def in_order(lanes: Lanes, by_step: Tensor, count: int) -> Tensor:

@@ -21,6 +21,7 @@ from ..load import load
 from ..ops import resolve
 from .body import Body, read_body
 from .inplace import QUICK, Form, Stepper, getter, plan
+from .scratch import Scratch
 
 Step = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 """(carries, one slice of every stream) -> results."""
@@ -94,17 +95,20 @@ class Lanes:
         self._chain = chain
         self._stepper: Stepper | None = None
 
-    def sweep(self, state: Sequence[Tensor], slices: Sequence[Sequence[Tensor]], *, keep: bool = True) -> list[Tensor]:
+    def sweep(
+        self, state: Sequence[Tensor], slices: Sequence[Sequence[Tensor]], *, keep: bool = True, scratch: Scratch | None = None
+    ) -> list[Tensor]:
         """Do some steps, one after the other.
 
         state: packed; slices: the packed slices of every step. Returns every carry after each step, [steps, *packed]; after the
-        last one only, [1, *packed], if not ``keep``.
+        last one only, [1, *packed], if not ``keep``. scratch: where the result may lie.
         """
         if self._chain is None:
             return self._functional(list(state), slices, keep=keep)
         if self._stepper is None:
             self._stepper = self._chain.stepper(state, slices[0])
-        stored = [first.new_empty((len(slices) if keep else 2, *first.shape)) for first in state]
+        take = (scratch or Scratch()).take
+        stored = [take((len(slices) if keep else 2, *first.shape), first) for first in state]
         last = self._stepper.run(state, slices, itertools.cycle(zip(*[s.unbind(0) for s in stored], strict=True)))
         return stored if keep else [new[None] for new in last]
 
