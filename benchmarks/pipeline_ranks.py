@@ -37,8 +37,9 @@ HAND = {"1f1b": "straight", "1f1b-2bp": "straight", "zb-h1": "straight", "interl
 TRACED = {"straight": "zb-h1", "v": "zb-v", "wave": ""}
 """The schedules that costs are traced in, by placement; where no form is known, one that is made for stages of a Llama."""
 
-TRIED, TRIALS = 4, 3
-"""The schedules of the least predicted time that take a trial, and its steps: the one that runs fastest is chosen."""
+TRIED, TRIALS = 5, 4
+"""The schedules of the least predicted time that take a trial, and its steps. The slower half then leaves, and so on, by the median
+of all their steps; the last one is chosen (successive halving; Karnin et al., ICML 2013)."""
 
 TABLE = (("naive", 1), ("gpipe", 2), ("1f1b", 2), ("1f1b", 4))
 """2BP's rows at two stages: naive, GPipe, 1F1B-1 and 1F1B-2."""
@@ -162,8 +163,7 @@ class _Contest:
             runner, given = run(schedule, cut, self.link, self.stamps[name]), cut.given(self.tokens, self.targets)
             contenders[f"hocket {name}"] = lambda runner=runner, given=given: runner.step(given)  # type: ignore[misc]
         likely = sorted(predicted, key=lambda name: predicted[name])[:TRIED]
-        tried = timed({name: contenders[f"hocket {name}"] for name in likely}, TRIALS)
-        chosen = min(likely, key=lambda name: min(tried[name]))
+        chosen = fastest({name: contenders[f"hocket {name}"] for name in likely})
         for peer in peers(self.rank, self.model, self.tokens, self.targets, compiled=self.setting.inductor):
             contenders[f"torch {peer.name}"] = peer.step
         agree = self.agreement(contenders[f"hocket {chosen}"], self.cuts[schedules[chosen][1]], contenders["torch 1F1B"])
@@ -236,6 +236,17 @@ def timed(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str,
             if round_ >= 2:
                 found[name].append(float(took))
     return found
+
+
+def fastest(contenders: dict[str, Callable[[], object]]) -> str:
+    """The name of the contender that takes the least time, by trials that the slower half leaves."""
+    left, found = dict(contenders), {name: list[float]() for name in contenders}
+    while len(left) > 1:
+        for name, seconds in timed(left, TRIALS).items():
+            found[name] += seconds
+        ordered = sorted(left, key=lambda name: statistics.median(found[name]))
+        left = {name: left[name] for name in ordered[: max(1, len(ordered) // 2)]}
+    return next(iter(left))
 
 
 class _Table:

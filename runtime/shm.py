@@ -165,6 +165,14 @@ class ShmCommunicator:
             self._until(lambda: pending.work is None or bool(pending.work.is_completed()), _SHORT_NAP)
         return self._gloo.wait(pending)
 
+    def arrived(self, pending: Pending) -> bool | None:
+        """Whether waiting for a message would take no time; None for anything but a message."""
+        if not isinstance(pending, Message):
+            return None
+        for move in self._exchange.movers if not pending.done else ():
+            move()
+        return pending.done
+
     def flush(self) -> None:
         """See ``Communicator``."""
         for channel in self._all:

@@ -109,9 +109,12 @@ class CommunicatorLink:
             self._communicator.send(spec.on_wire(tensor), peer, tag * MESSAGE_WIDTH + i, self._axis)
 
     def ready(self, tag: int) -> bool | None:
-        """See ``Link``: what a communicator has pending cannot be asked."""
-        del tag
-        return None
+        """See ``Link``: known where the communicator can tell (shared memory), not where it goes through gloo."""
+        arrived = getattr(self._communicator, "arrived", None)
+        if arrived is None:
+            return None
+        found = [arrived(pending) for pending, _ in self._posted[tag]]
+        return None if None in found else all(found)
 
     def take(self, tag: int) -> list[torch.Tensor]:
         """See ``Link``."""

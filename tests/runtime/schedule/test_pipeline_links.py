@@ -13,10 +13,11 @@ from gloo_pair import run_pair, world_of_two
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hocket.runtime.communicator import Pending, SingleCommunicator
 from hocket.runtime.exchange import SPIN_CROWDED, Exchange, exchange_bytes
 from hocket.runtime.mail import CELL_BYTES, CELLS
 from hocket.runtime.mesh import Mesh
-from hocket.runtime.schedule.links import BufferPool, GlooLink, Link, ShmLink
+from hocket.runtime.schedule.links import MESSAGE_WIDTH, BufferPool, CommunicatorLink, GlooLink, Link, ShmLink
 from hocket.runtime.schedule.stage import ValueSpec
 from hocket.runtime.transports.shm import ShmTransport
 from hocket.runtime.transports.transport import TransportTimeout
@@ -112,6 +113,36 @@ def test_a_buffer_is_used_again_once_nobody_sees_its_memory() -> None:
     del view
     assert pool.take((4,), torch.float32).data_ptr() == place
     assert pool.size == 2
+
+
+class _Telling(SingleCommunicator):
+    """One that knows which of its messages are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there: set[int] = set()
+
+    def recv(self, like: torch.Tensor, peer: int, tag: int, axis: str) -> Pending:
+        del like, peer, axis
+        return tag
+
+    def arrived(self, pending: Pending) -> bool | None:
+        return None if pending == 2 * MESSAGE_WIDTH else pending in self.there
+
+
+def test_a_rank_knows_of_a_message_when_its_communicator_does() -> None:
+    network = _Telling()
+    link = CommunicatorLink(network, "pp")
+    for tag in (1, 2):
+        link.post(tag, 0, [spec_of("x", torch.empty(2))] * 2)
+    assert link.ready(1) is False
+    network.there = {MESSAGE_WIDTH}
+    assert link.ready(1) is False, "half of it"
+    network.there = {MESSAGE_WIDTH, MESSAGE_WIDTH + 1}
+    assert link.ready(1) is True
+    assert link.ready(2) is None
+    silent = CommunicatorLink(SingleCommunicator(), "pp")
+    assert silent.ready(3) is None
 
 
 def _steps(link: Link, rank: int) -> dict[str, object]:
