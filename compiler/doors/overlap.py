@@ -31,10 +31,13 @@ class OverlapTiles(RewriteTactic):
     nano_batch: bool = False
     swaps: bool = True
 
+    def loops(self) -> FuseTiles:
+        """The pass that makes loops; it remembers what it has chosen, so every program gets a new one."""
+        return FuseTiles(tiles=self.tiles, least_gain=self.least_gain, joined=self.joined)
+
     def rewrites_after(self) -> tuple[Pass, ...]:
         """Halves, swaps, tile loops, then the order of what is left."""
         halves: tuple[Pass, ...] = (NanoBatch(),) if self.nano_batch else ()
-        fuse = FuseTiles(tiles=self.tiles, least_gain=self.least_gain, joined=self.joined)
         order: tuple[Pass, ...] = (OverlapOrder(memory=self.memory),) if self.order else ()
         swaps: tuple[Pass, ...] = (SwapProducts(),) if self.swaps else ()
-        return (*halves, *swaps, fuse, *order)
+        return (*halves, *swaps, self.loops(), *order)

@@ -119,11 +119,10 @@ class ReadyLoop:
         return Sizes(shape, dtype, chunk_bytes, whole, aligned(published), aligned(delivered), tuple(sent), carried)
 
     def _wholes(self, operands: Sequence[torch.Tensor]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shape and dtype of every result, found by running the region on one tile without values."""
+        """Shape and dtype of every result, found by computing one tile; without values torch would load its compiler for that."""
         loop = self.loop
         start, length = loop.tile(0, 0)
-        bare = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device="meta") for o in operands]
-        tiles = self.body(length).run([tile_of(loop, i, o, (0, start, length), 0) for i, o in enumerate(bare)], {})
+        tiles = self.body(length).run([tile_of(loop, i, o, (0, start, length), 0) for i, o in enumerate(operands)], {})
         found = []
         for number, result in enumerate(loop.results):
             shape = list(tiles[number].shape)

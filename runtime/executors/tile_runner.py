@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any
 
 import torch
 
@@ -43,13 +43,15 @@ class TileRunner:
 
     @classmethod
     def of(cls, communicator: Communicator) -> TileRunner:
-        """The runner of a communicator; all executors of one share it, since they share its transport."""
-        known = getattr(communicator, "tile_runner", None)
-        if known is not None:
-            return cast(TileRunner, known)
-        runner = cls(communicator, cast("Transport | None", getattr(communicator, "peer_memory", None)))
-        communicator.tile_runner = runner  # type: ignore[attr-defined]
-        return runner
+        """The runner of a communicator. All runners over one transport share its axes: signals of a slot only grow, so loops of
+        two programs, or of two pipelines, are counted together."""
+        transport: Any = getattr(communicator, "peer_memory", None)
+        if transport is None:
+            return cls(communicator, None)
+        axes = getattr(transport, "tile_axes", None)
+        if axes is None:
+            axes = transport.tile_axes = {}
+        return cls(communicator, transport, axes)
 
     def bind(self, loop: TileLoop, site: Site) -> Callable[..., list[torch.Tensor]]:
         """A function from operands to results."""

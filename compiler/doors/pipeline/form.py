@@ -32,6 +32,7 @@ from ...program import Decision, Program, RoleKind, note, producer
 from ...rules.table import RuleTable
 from ...stages import ONCE, Pipeline
 from ...verify.report import Status, Verdict
+from ..overlap import OverlapTiles
 from .batch import CallArgs
 from .options import PipelineOrder
 from .overlap import with_tile_loops
@@ -43,7 +44,8 @@ class Form:
     """Micro-batches of one size.
 
     captured: one micro-batch's step; lowered: for one rank of a stage, with its backward split; pipeline: its stages; joined: all
-    parts in a row, which was proven equal; passes: those that were run; forward, pieces: where nodes of ``lowered`` are.
+    parts in a row, which was proven equal; passes: those that were run; forward, pieces: where nodes of ``lowered`` are; overlap:
+    how loops of the parts of stages were made.
     """
 
     rows: int
@@ -56,6 +58,7 @@ class Form:
     context: Context
     forward: Mapping[str, int]
     pieces: Mapping[str, int]
+    overlap: OverlapTiles | None = None
 
     @property
     def finishes(self) -> bool:
@@ -65,6 +68,9 @@ class Form:
     def prove_again(self, level: str) -> Verdict:
         """Every pass once more, proven to another level; the verdict of the first that is not shown equal, or of the last."""
         _, records = run_passes(self.captured, self.passes, self.context, level=level)
+        if self.overlap is not None:
+            stages = cut_stages(self.lowered, dict(self.forward), dict(self.pieces))
+            records = (*records, *with_tile_loops(stages, self.overlap, self.context, level)[1])
         verdicts = [record.verdict for record in records]
         return next((verdict for verdict in verdicts if verdict.status is not Status.EQUAL), verdicts[-1])
 
@@ -102,11 +108,12 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
     if train and order.tactic.joined > 1:
         proof, said = _joined_products(order, pipeline, context)
         records, joined = (*records, *proof), joined.decided(*said)
-    if order.overlap is not None and order.inner is not None:
+    if order.overlap is not None:
         pipeline, proof, said = with_tile_loops(pipeline, order.overlap, context, order.level)
         records, joined = (*records, *proof), joined.decided(*said)
     passes = (*early, cut)
-    return Form(rows, program, lowered, pipeline, joined, (*records, *cut_records), passes, context, forward, pieces)
+    records = (*records, *cut_records)
+    return Form(rows, program, lowered, pipeline, joined, records, passes, context, forward, pieces, order.overlap)
 
 
 def _joined_products(

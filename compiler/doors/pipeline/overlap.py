@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ....passes.tiles.fuse import FuseTiles
 from ...contract import Context
 from ...passmanager import PassRecord, run_passes
 from ...program import Decision
@@ -24,6 +25,9 @@ def with_tile_loops(
     """
     records: list[PassRecord] = []
     decisions: list[Decision] = []
+    if pipeline.program.mesh is None:
+        reason = "every stage has one rank: nothing travels inside it, and what travels between stages is the schedule's to hide"
+        return pipeline, (), (Decision(FuseTiles.name, "", applied=False, reason=reason),)
     if tactic.nano_batch:
         reason = "the micro-batches of a pipeline are not cut in halves once more: another of them fills the time"
         decisions.append(Decision("nano-batch", "", applied=False, reason=reason))
