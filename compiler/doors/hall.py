@@ -96,7 +96,7 @@ def compile_program(
     constraints. Raises PlanError or VerificationError.
     """
     marks = [time.perf_counter()]
-    smaller = () if retrace is None else _smaller(program, retrace, options.mesh)
+    smaller = () if retrace is None else smaller_programs(program, retrace, options.mesh)
     context = Context(options.mesh, options.rules, options.cluster)
     rewritten, early = run_passes(program, options.before, context, level=options.level, retrace=smaller)
     marks.append(time.perf_counter())
@@ -155,8 +155,9 @@ def run_exactly(compiled: Compiled, options: Options, engine: Engine) -> LevelRe
     return canary_level(lowered, engine)
 
 
-def _smaller(program: Program, retrace: Retrace, mesh: Mesh) -> Smaller:
-    """Two, since a line through the sizes in question and one other pair of sizes would say nothing."""
+def smaller_programs(program: Program, retrace: Retrace, mesh: Mesh) -> Smaller:
+    """The same step at two small sizes, captured when asked for. Two, since a line through the sizes in question and one other pair
+    of sizes would say nothing."""
     return [functools.cache(functools.partial(smaller_program, program, retrace, mesh, skip=skip)) for skip in (0, 1)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...passes.split_embedding import SplitEmbedding
 from ...passes.split_softmax import SplitSoftmax
@@ -20,6 +21,7 @@ class VocabularyParallel(RewriteTactic):
     to be written out. A shared table must have a number of rows that the axis divides; ``explain()`` says so where it has not.
     """
 
+    in_pipelines: ClassVar[bool] = True
     axis: str
     least: int = 2
 

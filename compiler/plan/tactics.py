@@ -31,8 +31,11 @@ class RewriteTactic:
     """What a person asks of the program rather than of one mesh axis. Every placement stays as the other tactics leave it.
 
     The passes it names run in order and are proven like any other: those before see the logical program that is then planned and
-    sharded, those after see the sharded one.
+    sharded, those after see the sharded one. in_pipelines: whether passes that come before may run on a whole step before a
+    pipeline cuts it into stages.
     """
+
+    in_pipelines: ClassVar[bool] = False
 
     def rewrites_before(self) -> tuple[Pass, ...]:
         """Passes over the logical program, before planning."""

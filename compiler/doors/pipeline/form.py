@@ -29,9 +29,11 @@ from ...plan.pipeline.forms import FOLDED
 from ...plan.plan import Plan
 from ...plan.planner import plan
 from ...program import Decision, Program, RoleKind, note, producer
+from ...retrace import Retrace
 from ...rules.table import RuleTable
 from ...stages import ONCE, Pipeline
 from ...verify.report import Status, Verdict
+from ..hall import smaller_programs
 from ..overlap import OverlapTiles
 from .batch import CallArgs
 from .options import PipelineOrder
@@ -84,11 +86,13 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
     program = _capture(order, call, share, train=train)
     if like is not None:
         _check_alike(like, program, rows)
-    context = _context(order, program, like)
+    ready, rewritten = _rewritten(order, program, call, share, train=train)
+    context = _context(order, ready, like)
     early: tuple[Pass, ...] = (Shard(),) if order.inner is not None else ()
     if train:
         early = (*early, order.tactic.split, SumOnce()) if order.inner is not None else (order.tactic.split,)
-    lowered, records = run_passes(program, early, context, level=order.level)
+    lowered, records = run_passes(ready, early, context, level=order.level)
+    records = (*rewritten, *records)
     costs = Costs(context.cluster)
     if like is None:
         forward = _partition(order, lowered, stage_count(order, train=train), costs)
@@ -111,7 +115,7 @@ def make_form(order: PipelineOrder, call: CallArgs, rows: int, share: float, *, 
     if order.overlap is not None:
         pipeline, proof, said = with_tile_loops(pipeline, order.overlap, context, order.level)
         records, joined = (*records, *proof), joined.decided(*said)
-    passes = (*early, cut)
+    passes = (*order.rewrites, *early, cut)
     records = (*records, *cut_records)
     return Form(rows, program, lowered, pipeline, joined, records, passes, context, forward, pieces, order.overlap)
 
@@ -172,6 +176,19 @@ def _capture(order: PipelineOrder, call: CallArgs, share: float, *, train: bool)
     if order.optimizer is None:
         return program
     return with_updates(program, order.model, order.optimizer, clip_norm=order.clip_norm, keep_gradients=True)
+
+
+def _rewritten(
+    order: PipelineOrder, program: Program, call: CallArgs, share: float, *, train: bool
+) -> tuple[Program, tuple[PassRecord, ...]]:
+    """The step after the rewrites that precede planning, proven at small sizes."""
+    if not order.rewrites:
+        return program, ()
+    mesh = order.inner or order.mesh
+    retrace = Retrace(order.model, *call, step=lambda args, kwargs: _capture(order, (args, kwargs), share, train=train))
+    smaller = smaller_programs(program, retrace, mesh)
+    context = Context(mesh, RuleTable(), Cluster.current())
+    return run_passes(program, order.rewrites, context, level=order.level, retrace=smaller)
 
 
 def _context(order: PipelineOrder, program: Program, like: Form | None) -> Context:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ....passes.backward_split import BackwardSplit
 from ....runtime.inner import mesh_without
 from ....runtime.mesh import Mesh
+from ...contract import Pass
 from ...cost.cluster import Cluster
 from ...errors import InputError
 from ...plan.pipeline.forms import NAMES
@@ -104,7 +105,7 @@ class PipelineOrder:
 
     mesh: all axes; placing: tactics of the axes beside the pipeline's; level: how much to prove; optimizer: to run on the stages,
     None where the caller steps it; clip_norm: see ``capture_step``; agreement: where every rank compiles for itself; overlap: tile
-    loops in stages that several ranks run.
+    loops in stages that several ranks run; rewrites: of a whole step, before it is planned and cut.
     """
 
     model: nn.Module
@@ -116,6 +117,7 @@ class PipelineOrder:
     clip_norm: float | None = None
     agreement: Agreement | None = None
     overlap: OverlapTiles | None = None
+    rewrites: tuple[Pass, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -151,10 +153,9 @@ def pipeline_order(
         raise InputError(f"PipelineParallel is for the axis {chosen.axis!r}, which mesh {mesh} does not have")
     overlap = next((tactic for tactic in given if isinstance(tactic, OverlapTiles)), None)
     others = [tactic for tactic in given if isinstance(tactic, RewriteTactic) and tactic not in (chosen, overlap)]
-    if others:
-        raise InputError(
-            f"a pipeline takes no {type(others[0]).__name__} beside it; options of PipelineParallel say how the backward is split"
-        )
+    refused = [type(tactic).__name__ for tactic in others if not tactic.in_pipelines]
+    if refused:
+        raise InputError(f"a pipeline takes no {refused[0]} beside it; options of PipelineParallel say how the backward is split")
     placing = {tactic.axis: tactic for tactic in given if isinstance(tactic, Tactic)}
     for axis in placing:
         if axis not in mesh.names or axis == chosen.axis:
@@ -162,7 +163,8 @@ def pipeline_order(
     for axis in mesh.names:
         if axis != chosen.axis and axis not in placing:
             placing[axis] = BY_NAME.get(axis, Auto)(axis)
-    return PipelineOrder(model, mesh, chosen, tuple(placing.values()), level, overlap=overlap)
+    rewrites = tuple(one for tactic in others for one in tactic.rewrites_before())
+    return PipelineOrder(model, mesh, chosen, tuple(placing.values()), level, overlap=overlap, rewrites=rewrites)
 
 
 def parse_bytes(text: int | str | None) -> int | None:

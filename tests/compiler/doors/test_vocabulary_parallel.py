@@ -103,3 +103,28 @@ def test_an_axis_that_does_not_exist_is_one_clear_error() -> None:
     tactics = [hocket.TensorParallel("tp"), hocket.VocabularyParallel("vocab")]
     with pytest.raises(hocket.errors.InputError, match="vocab"):
         hocket.parallelize(model, "tp=2", batch, tactics=tactics, engine="sim")
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_a_pipeline_stages_leave_their_logits_cut(*, tied: bool) -> None:
+    model, (tokens, targets) = example(4096, tied=tied)
+    targets = targets.clamp_min(0)  # micro-batches weigh by rows
+    expected = model(tokens, targets)
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    pipeline = hocket.PipelineParallel(microbatches=2, schedule="1f1b")
+    with hocket.parallelize(model, "pp=2,tp=2", (tokens, targets), tactics=[pipeline, *TACTICS], engine="sim") as parallel:
+        loss = parallel.train_step(tokens, targets)
+        text = " ".join(str(parallel.explain()).split())
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert (p.grad - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
+    assert "split-softmax" in text
+
+
+def test_a_pipeline_without_that_axis_says_so() -> None:
+    model, batch = example(64, tied=True)
+    with pytest.raises(hocket.errors.InputError, match="tp"):
+        hocket.parallelize(model, "pp=2", batch, tactics=[hocket.VocabularyParallel("tp")], engine="sim")
