@@ -17,7 +17,7 @@ import torch
 import torch.fx as fx
 
 from ..compiler.contract import Context, Contract, Equal
-from ..compiler.program import Decision, Program, copy_program, note
+from ..compiler.program import Decision, Program, annotate, copy_program, note
 from .chain.batch import Inserter
 from .pieces_of_rows import places_in_pieces
 
@@ -92,7 +92,7 @@ def _look_up(insert: Inserter, node: fx.Node, parts: int) -> None:
     found = insert.call(aten.gather.default, pieces, 1, wide)
     kept = insert.call(aten.where.self, insert.call(aten.unsqueeze.default, held, 2), found, _zero(insert, table))
     whole = insert.call(aten.sum.dim_IntList, kept, [0])
-    node.replace_all_uses_with(insert.call(aten.view.default, whole, [*indices.meta["val"].shape, width]))
+    _put(insert.call(aten.view.default, whole, [*indices.meta["val"].shape, width]), node)
 
 
 def _gradient(insert: Inserter, node: fx.Node, parts: int) -> None:
@@ -113,7 +113,13 @@ def _gradient(insert: Inserter, node: fx.Node, parts: int) -> None:
         aten.zeros.default, [parts, total // parts, width], dtype=known.dtype, device=known.device, pin_memory=False
     )
     added = insert.call(aten.scatter_add.default, empty, 1, wide, kept)
-    node.replace_all_uses_with(insert.call(aten.view.default, added, [total, width]))
+    _put(insert.call(aten.view.default, added, [total, width]), node)
+
+
+def _put(written: fx.Node, node: fx.Node) -> None:
+    """Use what is written out, and say whose value it has: so it can be proven by itself."""
+    annotate(written, carries=node.name)
+    node.replace_all_uses_with(written)
 
 
 def _zero(insert: Inserter, like: fx.Node) -> fx.Node:

@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 
 from ..compiler.contract import Context, Contract, Equal
-from ..compiler.program import Decision, Program, copy_program, note
+from ..compiler.program import Decision, Program, annotate, copy_program, note
 from .chain.batch import Inserter
 from .pieces_of_rows import places_in_pieces
 
@@ -114,12 +114,17 @@ class _Written:
                 written = self._choice(insert, node)
             else:
                 written = self._loss_backward(insert, node)
-            node.replace_all_uses_with(written)
+            self._put(written, node)
             node.graph.erase_node(node)
         if self.softmax.users:
             call = self._inserter(self.softmax).call
             whole = call(aten.sub.Tensor, self.shifted, self.log_total)
-            self.softmax.replace_all_uses_with(_in_dtype(call, whole, self.softmax.meta["val"].dtype))
+            self._put(_in_dtype(call, whole, self.softmax.meta["val"].dtype), self.softmax)
+
+    def _put(self, written: fx.Node, node: fx.Node) -> None:
+        """Use what is written out, and say whose value it has: so it can be proven by itself."""
+        annotate(written, carries=node.name)
+        node.replace_all_uses_with(written)
 
     def _inserter(self, anchor: fx.Node) -> Inserter:
         return Inserter(anchor.graph, anchor, SplitSoftmax.name)

@@ -29,6 +29,7 @@ from .differential import float_level
 from .lowered import with_whole_inputs
 from .report import LevelResult, Outcome, Status, Verdict, combine
 from .ring.compare import compare
+from .ring.cones import MAX_ELEMENTS
 from .ring.lemmas import Congruence, congruence_of_lines
 from .ring.localise import localise
 from .ring.verdict import Bound, RingVerdict
@@ -43,6 +44,9 @@ BUDGET = 2e10
 
 RING_COST = 50
 """A multiply-add over the ring costs about this many in floating point."""
+
+LARGE_LEMMA = 1 << 24
+"""Elements of all values of a lemma where whole programs are too large to be compared: about half a minute, and a gigabyte."""
 
 
 Pair = tuple[Program, Program]
@@ -137,6 +141,9 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
         return _from_lemmas(found, question, time.process_time() - start)
     original, transformed = question.executed
     if not is_affordable(original, transformed, RING_COST):
+        found = by_congruence(question.executed, {}, LARGE_LEMMA)
+        if found is not None and found.equal:
+            return _from_lemmas(found, question, time.process_time() - start)
         return LevelResult("ring", Outcome.SKIPPED, _too_expensive(), 0.0)
     erased, how = _one_rank(transformed)
     verdict = compare(original, erased)
@@ -146,8 +153,9 @@ def ring_level(question: Question, _: tuple[LevelResult, ...]) -> LevelResult:
     return _from_ring(question, verdict, how, time.process_time() - start)
 
 
-def by_congruence(pair: Pair, typed: Mapping[int, TypeReport]) -> Congruence | None:
-    """What shared values and lemmas show of two programs; None where they cannot be put side by side on one rank."""
+def by_congruence(pair: Pair, typed: Mapping[int, TypeReport], most: int = MAX_ELEMENTS) -> Congruence | None:
+    """What shared values and lemmas show of two programs; None where they cannot be put side by side on one rank. most: elements of
+    all values of a lemma."""
     known = [typed[id(one)] for one in pair if id(one) in typed]
     templates = known[0].templates if known else Templates()
 
@@ -159,7 +167,7 @@ def by_congruence(pair: Pair, typed: Mapping[int, TypeReport]) -> Congruence | N
         return erased_lines(program, report if report is not None and fits else check_types(program, templates=templates))
 
     try:
-        return congruence_of_lines(lines(pair[0]), lines(pair[1]))
+        return congruence_of_lines(lines(pair[0]), lines(pair[1]), most)
     except HocketError:
         return None
 

@@ -61,10 +61,11 @@ class Cones:
 
 @dataclass
 class Cutter:
-    """Finds cones in a table whose first ``boundary`` values are the original program's."""
+    """Finds cones in a table whose first ``boundary`` values are the original program's. most: elements of all values of a cone."""
 
     table: Numbering
     boundary: int
+    most: int = MAX_ELEMENTS
     marks: list[int] = field(default_factory=list)
     drawn: list[bool] = field(default_factory=list)
     masked: dict[Template, bool] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class Cutter:
         if left is None or right is None or not leaves:
             return None
         forms = [self.table.form(n) for n in (*left, *right, *leaves)]
-        if sum(math.prod(form.shape) for form in forms if type(form) is TensorForm) > MAX_ELEMENTS:
+        if sum(math.prod(form.shape) for form in forms if type(form) is TensorForm) > self.most:
             return None
         if max(map(self._steps, (*left, *right)), default=0) > MAX_STEPS:
             return None

@@ -20,7 +20,7 @@ from ...program import Program, Role, RoleKind, note
 from ..forms import TensorForm
 from ..templates import Line, Lines, Templates, lines_of
 from .compare import compare
-from .cones import Cones, Cutter
+from .cones import MAX_ELEMENTS, Cones, Cutter
 from .joint import Outputs
 from .numbering import Numbering
 from .verdict import Bound, Status
@@ -69,23 +69,23 @@ def congruence(original: Program, transformed: Program) -> Congruence:
     return congruence_of_lines(lines_of(original, templates), lines_of(transformed, templates))
 
 
-def congruence_of_lines(original: Lines, transformed: Lines) -> Congruence:
-    """The same for programs as lists, both of one table of templates."""
+def congruence_of_lines(original: Lines, transformed: Lines, most: int = MAX_ELEMENTS) -> Congruence:
+    """The same for programs as lists, both of one table of templates. most: elements of all values of a lemma."""
     given = set(original.program.signature.inputs)
     for role in transformed.program.signature.inputs:
         if role not in given and role.kind is not RoleKind.CONSTANT:
             raise InputError(f"the transformed program has an input {role} that the original does not have")
-    return Prover(original, transformed).run()
+    return Prover(original, transformed, most).run()
 
 
 class Prover:
     """One attempt. refuted: the lemmas that did not hold, in the order of the transformed program."""
 
-    def __init__(self, original: Lines, transformed: Lines) -> None:
+    def __init__(self, original: Lines, transformed: Lines, most: int = MAX_ELEMENTS) -> None:
         self.transformed = transformed
         self.table = Numbering(templates=original.templates)
         self.before = Outputs.of(original, self.table)
-        self.cutter = Cutter(self.table, len(self.table.calls))
+        self.cutter = Cutter(self.table, len(self.table.calls), most)
         lines = zip(original.lines, self.before.lines, strict=True)
         self.claims = {line.node.name: number for line, number in lines if line.is_whole}
         self.known: dict[Any, Bound | None] = {}
