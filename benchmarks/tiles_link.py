@@ -28,8 +28,7 @@ class LinkBench:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.communicator = LinkCommunicator(bench.shm, LinkTransport(bench.shm.transport, LinkSpec(0.0, 1e12)))
-        self.runner = TileRunner(self.communicator, self.communicator.transport, bench.runner.axes)
-        self.communicator.tile_runner = self.runner  # type: ignore[attr-defined]
+        self.runner = TileRunner.of(self.communicator)
 
     def tuned(self, line: tuple[float, float]) -> LinkCommunicator:
         """The communicator, with a link of that line."""

@@ -113,6 +113,7 @@ class LinkTransport:
     def __init__(self, shm: ShmTransport, spec: LinkSpec) -> None:
         self.mesh, self.rank, self.default_timeout = shm.mesh, shm.rank, shm.default_timeout
         self.shm, self.spec = shm, spec
+        self.tile_axes = shm.tile_axes  # the signals are those of the shared memory
         self.wire = VirtualWire(spec)
         self._written: dict[tuple[str, int], int] = {}
         self._arrivals: dict[str, list[Any]] = {}

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -51,7 +52,8 @@ class ShmTransfer:
 
 
 class ShmTransport:
-    """See ``Transport``. Made by every rank of the mesh; cost: measured figures, where there are some."""
+    """See ``Transport``. Made by every rank of the mesh; cost: measured figures, where there are some; tile_axes: how far the loops
+    of each axis have come, for whoever runs them on these signals."""
 
     capabilities = frozenset({Capability.REMOTE_VIEW})
 
@@ -62,6 +64,7 @@ class ShmTransport:
         self._cost = cost
         self._groups: dict[str, _Group] = {}
         self._mail: dict[tuple[str, int], Mailbox] = {}
+        self.tile_axes: dict[str, Any] = {}
 
     # --- buffers
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ import hocket
 from hocket.compiler.doors.module import session_of
 from hocket.compiler.tiles import is_tile_loop
 from hocket.runtime.communicator import Communicator
+from hocket.runtime.exchange import Exchange, exchange_bytes
 from hocket.runtime.executors.tile_runner import TileRunner
 from hocket.runtime.inner import InnerCommunicator
 from hocket.runtime.mesh import Mesh
+from hocket.runtime.transports.link import LinkSpec, LinkTransport
+from hocket.runtime.transports.shm import ShmTransport
 
 ALWAYS = hocket.OverlapTiles(least_gain=-1e9)
 
@@ -93,3 +98,13 @@ def test_all_programs_over_one_transport_count_their_loops_together() -> None:
     outer: Communicator = Outer()  # type: ignore[assignment]
     first, second = (TileRunner.of(InnerCommunicator(outer, Mesh.parse("tp=2"))) for _ in range(2))
     assert first.axes is second.axes is TileRunner.of(outer).axes
+
+
+def test_a_link_counts_the_loops_of_the_shared_memory_below_it() -> None:
+    fd = os.memfd_create("test")
+    mesh = Mesh.parse("tp=1")
+    os.ftruncate(fd, exchange_bytes(mesh))
+    shm = ShmTransport(Exchange(fd, mesh, 0), 1.0)
+    link = LinkTransport(shm, LinkSpec(1e-5, 1e9))
+    runners = [TileRunner.of(SimpleNamespace(peer_memory=transport)) for transport in (shm, link)]  # type: ignore[arg-type]
+    assert runners[0].axes is runners[1].axes
