@@ -25,11 +25,12 @@ from hocket.compiler.demo.llama import LlamaConfig
 
 INTRO = """
 A Llama-like model (8 layers of width 256, 256 tokens per micro-batch) trained on two ranks with one thread each: hocket's schedules
-and every schedule of `torch.distributed.pipelining`, alternating in the same run, cut at the same layers. hocket tries the five
-schedules that its simulator predicts to be the fastest, from costs traced during the first steps, for some steps each, lets the
-slower half go, and runs the one that is left in the end. Figures are medians; ± is half the distance between the quartiles.
-"Simulated" figures come from the discrete-event simulator. With Inductor, torch's schedules that do not split the backward run
-compiled stages too.
+and every schedule of `torch.distributed.pipelining`, alternating in the same run. All are cut between the same layers, but for
+those called "own", which hocket cuts by itself, inside of layers too: with the head on one rank, equal numbers of layers are
+unequal work. hocket tries the five schedules that its simulator predicts to be the fastest, from costs traced during the first
+steps, for some steps each, lets the slower half go, and runs the one that is left in the end. Figures are medians; ± is half the
+distance between the quartiles. "Simulated" figures come from the discrete-event simulator. With Inductor, torch's schedules that
+do not split the backward run compiled stages too.
 
 Schedules by search: stage costs are drawn at random; forms by hand run on stages balanced by work, the search may also choose cuts,
 placement and uneven micro-batches of the same total, within the same memory and eight seconds, so figures differ a little from run

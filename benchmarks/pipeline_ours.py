@@ -6,11 +6,12 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.fx as fx
 from pipeline_peers import RANKS, layer_ranges
 from torch import nn
 
@@ -21,12 +22,14 @@ from hocket.compiler.demo.llama import Llama
 from hocket.compiler.doors.pipeline.units import partition
 from hocket.compiler.plan.pipeline.costs import LinkCosts, PipelineCosts, StageCosts
 from hocket.compiler.plan.pipeline.stage_code import held_by, stage_code
-from hocket.compiler.program import Phase, Program, RoleKind, note
+from hocket.compiler.program import Phase, Program, RoleKind, copy_program, note
 from hocket.compiler.rules.table import RuleTable
 from hocket.compiler.stages import PartKind, Pipeline, StageProgram
 from hocket.passes.backward_split import BackwardSplit
 from hocket.passes.backward_split_costs import Costs
 from hocket.passes.pipeline import cut_stages
+from hocket.passes.pipeline_drafts import gradients_of
+from hocket.passes.pipeline_place import place
 from hocket.runtime.exchange import Exchange, exchange_bytes, is_available
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.schedule.instruction import Op, Schedule
@@ -38,12 +41,16 @@ from hocket.runtime.transports.shm import ShmTransport
 
 @dataclass
 class Cut:
-    """A model cut into stages, and this rank's of them at work. tangents: names of those that are one; rows: of a micro-batch."""
+    """A model cut into stages, and this rank's of them at work.
+
+    tangents: names of those that are one; rows: of a micro-batch; forward: forward node -> stage.
+    """
 
     pipeline: Pipeline
     states: dict[int, StageState]
     tangents: tuple[str, ...]
     rows: int = 1
+    forward: Mapping[str, int] = field(default_factory=dict)
 
     def given(self, inputs: torch.Tensor, targets: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """Inputs of every micro-batch."""
@@ -59,7 +66,7 @@ class Cut:
         tensors |= {Port("buffer", name): b for name, b in model.named_buffers()}
         codes = {s: stage_code(pipeline.stages[s], products=True, inductor=inductor) for s in mine}
         states = {s: StageState(code, held_by(pipeline.stages[s], tensors)) for s, code in codes.items()}
-        return cls(pipeline, states, tuple(program.signature.inputs_of(RoleKind.TANGENT)))
+        return cls(pipeline, states, tuple(program.signature.inputs_of(RoleKind.TANGENT)), forward=forward)
 
 
 def cut_llama(
@@ -95,6 +102,28 @@ def cut_evenly(model: nn.Module, example: tuple[torch.Tensor, torch.Tensor], sta
     return cut
 
 
+@dataclass(frozen=True)
+class TracedCosts(Costs):
+    """The planner's costs, scaled so that every stage of a cut costs what it was seen to cost. scale: node -> factor."""
+
+    scale: Mapping[str, float] = field(default_factory=dict)
+
+    def seconds(self, node: fx.Node) -> float:
+        """Of one call."""
+        return super().seconds(node) * self.scale.get(node.name, 1.0)
+
+
+def cut_by_traces(cut: Cut, costs: PipelineCosts, model: nn.Module, mine: Sequence[int]) -> Cut:
+    """The same program in as many stages of equal work, by what the stages of ``cut`` were seen to cost; also inside of layers."""
+    program, plain = cut.pipeline.program, Costs(Cluster.default())
+    copy, _ = copy_program(program)
+    stages = place(copy, cut.forward, gradients_of(copy)).stages
+    predicted = [sum(plain.seconds(node) for node in stages if stages[node] == stage.stage) for stage in cut.pipeline.stages]
+    factors = [seen.work / believed for seen, believed in zip(costs.stages, predicted, strict=True)]
+    scaled = TracedCosts(Cluster.default(), {node.name: factors[stage] for node, stage in stages.items()})
+    return Cut.of(program, partition(program, len(factors), scaled), model, mine)
+
+
 def _stage(module: str, stage_of_layer: dict[int, int], stages: int) -> int:
     words = module.split(".")
     if words[0] == "layers":
@@ -104,7 +133,9 @@ def _stage(module: str, stage_of_layer: dict[int, int], stages: int) -> int:
 
 def placement(name: str) -> tuple[int, ...]:
     """Stage -> rank."""
-    return {"straight": (0, 1), "loop": (0, 1, 0, 1), "v": (0, 1, 1, 0), "wave": (0, 1, 1, 0, 0, 1, 1, 0)}[name]
+    return {"straight": (0, 1), "loop": (0, 1, 0, 1), "v": (0, 1, 1, 0), "own v": (0, 1, 1, 0), "wave": (0, 1, 1, 0, 0, 1, 1, 0)}[
+        name
+    ]
 
 
 def run(schedule: Schedule, cut: Cut, link: Link, stamps: list[Stamp] | None = None) -> PipelineRank:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from pipeline_models import CASES
-from pipeline_ours import Cut, cut_evenly, cut_llama, link_costs, new_link, placement, run, traced_costs
+from pipeline_ours import Cut, cut_by_traces, cut_evenly, cut_llama, link_costs, new_link, placement, run, traced_costs
 from pipeline_peers import peers
 
 from hocket.compiler.demo.llama import Llama, LlamaConfig
@@ -33,8 +33,9 @@ from hocket.runtime.schedule.instruction import Schedule
 from hocket.runtime.schedule.run import Stamp
 from hocket.runtime.schedule.text import format_schedule, parse_schedule
 
-HAND = {"1f1b": "straight", "1f1b-2bp": "straight", "zb-h1": "straight", "interleaved": "loop", "zb-v": "v"}
-TRACED = {"straight": "zb-h1", "v": "zb-v", "wave": ""}
+HAND = {"1f1b": "straight", "1f1b-2bp": "straight", "zb-h1": "straight", "interleaved": "loop", "zb-v": "v", "zb-v, own v": "own v"}
+"""Form -> stages; "own v" are cut where hocket cuts them, all others between layers as torch's are."""
+TRACED = {"straight": "zb-h1", "v": "zb-v", "own v": "zb-v", "wave": ""}
 """The schedules that costs are traced in, by placement; where no form is known, one that is made for stages of a Llama."""
 
 TRIED, TRIALS = 5, 4
@@ -44,7 +45,7 @@ of all their steps; the last one is chosen (successive halving; Karnin et al., I
 TABLE = (("naive", 1), ("gpipe", 2), ("1f1b", 2), ("1f1b", 4))
 """2BP's rows at two stages: naive, GPipe, 1F1B-1 and 1F1B-2."""
 
-STAGES = {"straight": 2, "loop": 4, "v": 4, "wave": 8}
+STAGES = {"straight": 2, "loop": 4, "v": 4, "own v": 4, "wave": 8}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,11 @@ class _Contest:
         size = self.setting.config.context * self.setting.config.width * 4
         link = link_costs(self.link, size)
         costs = {name: self.traced(self.first_schedule(name), name, link) for name in TRACED if name in self.cuts}
-        schedules = {name: (closed_form(name, 2, m), where) for name, where in HAND.items() if where in self.cuts}
+        if not self.setting.inductor:
+            mine = [s for s, r in enumerate(placement("own v")) if r == self.rank]
+            self.cuts["own v"] = cut_by_traces(self.cuts["v"], costs["v"], self.model, mine)
+            costs["own v"] = self.traced(self.first_schedule("own v"), "own v", link)
+        schedules = {name: (closed_form(name.partition(",")[0], 2, m), where) for name, where in HAND.items() if where in self.cuts}
         predicted = {name: simulate(s, costs["v" if w == "loop" else w]).seconds for name, (s, w) in schedules.items()}
         bound = float("inf")
         for where in costs:

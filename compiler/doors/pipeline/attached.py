@@ -119,7 +119,8 @@ class OwnStages:
                 state.pop(prefix + name, None)
 
         def loaded(_: nn.Module, keys: Any) -> None:
-            keys.missing_keys[:] = [key for key in keys.missing_keys if key not in names]
+            ends = tuple(f".{name}" for name in names)  # where the model is part of another one
+            keys.missing_keys[:] = [key for key in keys.missing_keys if key not in names and not key.endswith(ends)]
 
         self.model.register_state_dict_post_hook(saved)
         self.model.register_load_state_dict_pre_hook(loading)
