@@ -190,6 +190,16 @@ def test_a_machine_that_was_busy_throughout_is_flagged_and_asks_for_more():
     assert least_seconds(-1.0, 1.0, found) == -1.0
 
 
+def test_a_busy_moment_is_waited_out_and_not_for_ever():
+    calm = loop_times(1e-3, 2, 5e-4, 3e-5, 2e-4)
+    busy = {n: [t * (1 + 0.5 * i) for i, t in enumerate(found)] for n, found in calm.items()}
+    moments = iter([busy, busy, calm])
+    assert not fit_tiles(lambda: next(moments), 2, 2e-4, budget=0.01).is_unsteady
+    asked = []
+    assert fit_tiles(lambda: asked.append(1) or busy, 2, 2e-4, budget=0.01).is_unsteady
+    assert len(asked) == 4
+
+
 def test_undisturbed_times_are_the_lowest_decile():
     assert quiet([5.0, 1.0, 9.0]) == 1.0
     assert quiet([float(n) for n in range(20)]) == 2.0
