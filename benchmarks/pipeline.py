@@ -2,13 +2,16 @@
 
     python benchmarks/pipeline.py [--quick] [--json FILE] [--check] [--only TEXT]
 
-Real steps run on two processes with one thread each; every schedule that torch has takes its turn in the same run. What needs more
-ranks is simulated and says so. A full run takes some minutes and rewrites docs/benchmarks/pipeline.md.
+Groups are run one by one with --only: "ranks m=4", "ranks m=8", "inductor m=4", "table Llama", "split", "search", "joined", ...;
+a group takes some four minutes at most on a quiet machine. Real steps run on two processes with one thread each; every schedule that
+torch has takes its turn in the same run. What needs more ranks is simulated and says so. A full run takes half an hour and rewrites
+docs/benchmarks/pipeline.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -43,24 +46,18 @@ def config(*, quick: bool) -> LlamaConfig:
     return LlamaConfig(vocabulary=1024, width=256, layers=4 if quick else 8, heads=4, kv_heads=4, hidden=688, context=256)
 
 
-def rank_rows(*, quick: bool) -> list[Row]:
+def rank_rows(count: int, *, quick: bool) -> list[Row]:
     """Real steps against torch's, and the simulator's error."""
-    rows = []
-    for count in (4,) if quick else (4, 8):
-        progress(f"two ranks, {count} micro-batches")
-        found = measure(Setting(config(quick=quick), count, 3 if quick else 9, 2.0 if quick else 4.0))
-        rows += _against_torch(found, count, "two real ranks", 1.15) + _simulator_error(found, count)
-    return rows
+    rounds = 3 if quick else 9 if count == 4 else 5
+    found = measure(Setting(config(quick=quick), count, rounds, 2.0 if quick else 3.0))
+    return _against_torch(found, count, "two real ranks", 1.15) + _simulator_error(found, count)
 
 
-def inductor_rows(*, quick: bool) -> list[Row]:
+def inductor_rows(count: int, *, quick: bool) -> list[Row]:
     """The same with every part compiled, which torch's split schedules refuse."""
-    rows = []
-    for count in (4,) if quick else (4, 8):
-        progress(f"two ranks, {count} micro-batches, compiled by Inductor")
-        found = measure(Setting(config(quick=quick), count, 3 if quick else 9, 2.0 if quick else 4.0, inductor=True))
-        rows += _against_torch(found, count, "two real ranks, parts compiled by Inductor", 1.25)
-    return rows
+    rounds = 3 if quick else 9 if count == 4 else 5
+    found = measure(Setting(config(quick=quick), count, rounds, 2.0 if quick else 3.0, inductor=True))
+    return _against_torch(found, count, "two real ranks, parts compiled by Inductor", 1.25)
 
 
 def _against_torch(found: Found, count: int, claim: str, goal: float) -> list[Row]:
@@ -95,21 +92,19 @@ def _simulator_error(found: Found, count: int) -> list[Row]:
     return rows
 
 
-def table_rows(*, quick: bool) -> list[Row]:
+def table_rows(model: str, *, quick: bool) -> list[Row]:
     """2BP's four rows on two real ranks, each beside the gain that the simulator gives for the costs traced in the same run."""
     rows = []
-    for model in ("Llama",) if quick else ("Llama", *CASES):
-        progress(f"the table of 2BP on two ranks, {model}")
-        found = measure(Setting(config(quick=True), 4, 3 if quick else 9, table=model))
-        for name, count in TABLE:
-            base, split = (statistics.median(found.seconds[f"{form} m={count}"]) for form in (name, f"{name}-2bp"))
-            bound = found.predicted[f"{name} m={count}"] / found.predicted[f"{name}-2bp m={count}"]
-            text = f"{base / split:.3f}x, {bound:.3f}x simulated from the costs traced"
-            case = f"{model}: 2 real ranks, {name}, m = {count}"
-            rows.append(_gain_row(case, base / split, bound, text))
-        for case, (gain, bound) in found.deeper.items():
-            text = f"{gain:.3f}x, at most {bound:.3f}x"
-            rows.append(dataclasses.replace(_gain_row(f"{model}: {case}", gain, bound, text), simulated=True))
+    found = measure(Setting(config(quick=True), 4, 3 if quick else 9, table=model))
+    for name, count in TABLE:
+        base, split = (statistics.median(found.seconds[f"{form} m={count}"]) for form in (name, f"{name}-2bp"))
+        bound = found.predicted[f"{name} m={count}"] / found.predicted[f"{name}-2bp m={count}"]
+        text = f"{base / split:.3f}x, {bound:.3f}x simulated from the costs traced"
+        case = f"{model}: 2 real ranks, {name}, m = {count}"
+        rows.append(_gain_row(case, base / split, bound, text))
+    for case, (gain, bound) in found.deeper.items():
+        text = f"{gain:.3f}x, at most {bound:.3f}x"
+        rows.append(dataclasses.replace(_gain_row(f"{model}: {case}", gain, bound, text), simulated=True))
     return rows
 
 
@@ -123,10 +118,11 @@ def main() -> None:
     options = arguments(__doc__)
     where = machine()
     quick = options.quick
+    counts, models = ((4,), ("Llama",)) if quick else ((4, 8), ("Llama", *CASES))
     groups: dict[str, Callable[[], list[Row]]] = {
-        "ranks": lambda: rank_rows(quick=quick),
-        "inductor": lambda: inductor_rows(quick=quick),
-        "table": lambda: table_rows(quick=quick),
+        **{f"ranks m={count}": functools.partial(rank_rows, count, quick=quick) for count in counts},
+        **{f"inductor m={count}": functools.partial(inductor_rows, count, quick=quick) for count in counts},
+        **{f"table {model}": functools.partial(table_rows, model, quick=quick) for model in models},
         "split": lambda: pipeline_split.rows(quick=quick),
         "packed": lambda: pipeline_packed.rows(quick=quick),
         "search": lambda: pipeline_plan.synthesis_rows(quick=quick),
