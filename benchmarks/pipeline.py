@@ -3,9 +3,9 @@
     python benchmarks/pipeline.py [--quick] [--json FILE] [--check] [--only TEXT]
 
 Groups are run one by one with --only: "ranks m=4", "ranks m=8", "inductor m=4", "table Llama", "split", "search", "joined", ...;
-a group takes some four minutes at most on a quiet machine. Real steps run on two processes with one thread each; every schedule that
-torch has takes its turn in the same run. What needs more ranks is simulated and says so. A full run takes half an hour and rewrites
-docs/benchmarks/pipeline.md.
+a group takes some four minutes at most on a quiet machine. Real steps run on two processes with one thread each; every schedule
+that torch has takes its turn in the same run. What needs more ranks is simulated and says so. A full run takes half an hour and
+rewrites docs/benchmarks/pipeline.md.
 """
 
 from __future__ import annotations
