@@ -30,6 +30,7 @@ PRINTS = {
     "sample_groups": ("144 positions in no more sweeps than groups: True", "the same samples: True"),
     "sequential": ("a chain of 64 steps of", "gradients like the loop's: True"),
     "time_ranks": ("each rank runs a segment of the steps: True", "but for rounding: True"),
+    "swaps": ("the factors of mm_2 gathered", "collectives that were looked at: 3"),
     "tiles": ("largest difference from the plain model:", "kinds of tile loops:"),
     "vocabulary": ("1 tactics: loss", "2 tactics: loss", "bytes on the wire and"),
     "train_step": ("next rate 0.00000", "moments kept for 4 parameters"),
