@@ -15,7 +15,7 @@ from ...runtime.mesh import Mesh
 from ..errors import PlanError
 from ..layout import Partial, Placement, Replicate, Shard, chunk_size, format_placement, parse_placement
 from ..program import RoleKind
-from .problem import fits
+from .pricing import fits
 from .tactics import Auto, Placements, Port, Promises, Tactic
 from .view import STORED, Site, TensorType, View, weight_uses
 

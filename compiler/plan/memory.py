@@ -16,7 +16,7 @@ from ..cost.transfer import TransferPrices
 from ..errors import PlanError
 from ..program import RoleKind
 from .plan import Certificate, Plan
-from .problem import MemoryCharge
+from .pricing import MemoryCharge
 from .view import View
 
 _CHARGES = tuple(10.0**exponent for exponent in range(-14, -5))

@@ -27,20 +27,19 @@ from .constraints import Restriction, port_restrictions, products_cutting, tacti
 from .elimination import LARGE, LARGEST, SMALL, Infeasible, Solution, minimise
 from .memory import plan_within
 from .plan import Certificate, NodePlan, Plan
-from .problem import (
+from .pricing import (
     AVOIDED,
     UNIT,
-    AxisProblem,
     Choice,
     Labels,
     MemoryCharge,
     Pricing,
-    ProblemBuilder,
     Rules,
     input_layout,
     output_layout,
     whole_rule,
 )
+from .problem import AxisProblem, ProblemBuilder
 from .tactics import Auto, Promises, Tactic
 from .view import Site, View, view_program
 

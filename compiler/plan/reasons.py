@@ -17,7 +17,8 @@ from ..rules.rule import Rule
 from .constraints import Restriction, port_type, possible_placements
 from .elimination import INFINITE
 from .plan import NodePlan
-from .problem import AVOIDED, UNIT, AxisProblem, Choice, Pricing, Rules, fits, input_layout, output_layout
+from .pricing import AVOIDED, UNIT, Choice, Pricing, Rules, fits, input_layout, output_layout
+from .problem import AxisProblem
 from .view import Site, TensorType, View
 
 aten = torch.ops.aten
