@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hocket.runtime.fixedpoint import decide
 from hocket.runtime.fixedpoint.hoist import hoist
+from hocket.runtime.fixedpoint.how import read_how
 from hocket.runtime.fixedpoint.solvers import by_step, in_order, shifted
 from hocket.runtime.fixedpoint.steps import Chain
 
@@ -62,7 +63,7 @@ def _case(kind: str, steps: int, width: int) -> list[Row]:
         states = sweeps[best].states
     case = f"{name}; blocks of {best}, ends off by {sweeps[best].residual():.0e}"
     return [
-        versus(DECIDED, f"{name}; {decide.knowledge(chain, layer.how).reason}", times["ours"], "cuDNN", times["cuDNN"]),
+        versus(DECIDED, f"{name}; {decide.knowledge(chain, read_how(layer.how)).reason}", times["ours"], "cuDNN", times["cuDNN"]),
         versus(CAPTURED, case, times["captured"], "cuDNN", times["cuDNN"]),
         at_most(EQUAL, f"{name}, as decided", Sample((_difference(ours, expected),), ""), 5e-5),
         at_most(EQUAL, case, Sample((_difference(states, expected),), ""), 5e-5),

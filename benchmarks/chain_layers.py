@@ -13,7 +13,6 @@ from hocket.compiler.contract import Context
 from hocket.compiler.cost.cluster import Cluster
 from hocket.compiler.rules.table import RuleTable
 from hocket.runtime.fixedpoint.body import read_body
-from hocket.runtime.fixedpoint.how import How, read_how
 from hocket.runtime.fixedpoint.op import chain_op
 from hocket.runtime.fixedpoint.steps import Chain
 
@@ -21,17 +20,17 @@ INPUT = 32
 
 
 class Layer(NamedTuple):
-    """module, x: the layer and its input; chain, how: what the pass makes of them."""
+    """module, x: the layer and its input; chain, how: what the pass makes of them, how as text."""
 
     module: nn.Module
     x: Tensor
     chain: Chain
-    how: How
+    how: str
 
     def solved(self) -> list[Tensor]:
         """The last states, then the outputs."""
         chain = self.chain
-        return list(chain_op()(chain.init, chain.shared, chain.streams, chain.count, chain.body.text, self.how.to_json()))
+        return list(chain_op()(chain.init, chain.shared, chain.streams, chain.count, chain.body.text, self.how))
 
 
 def whole_layer(kind: str, sizes: tuple[int, int, int], device: str = "cpu") -> Layer:
@@ -47,4 +46,4 @@ def whole_layer(kind: str, sizes: tuple[int, int, int], device: str = "cpu") -> 
     module, x = module.to(device), x.to(device)
     states = [x.new_zeros(batch, width) for _ in range(2 if kind == "LSTM" else 1)]
     chain = Chain(read_body(str(node.args[4])), states, list(module.parameters()), [x], steps)
-    return Layer(module, x, chain, read_how(str(node.args[5])))
+    return Layer(module, x, chain, str(node.args[5]))

@@ -77,6 +77,7 @@ def _no_worse(kind: str, sizes: tuple[int, int, int]) -> list[Row]:
     with torch.no_grad():
         layer = whole_layer(kind, sizes)
         _settle(layer.solved)
+        layer.solved()
         chosen = RECENT[-1].solver
         alone = _alternating(layer.solved, lambda: layer.module(layer.x))
         ours = _compiled(layer.module, layer.x)

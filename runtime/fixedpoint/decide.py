@@ -66,17 +66,22 @@ ALIKE = 8
 SWEEP_SECONDS = 100e-6
 
 
-def decided(chain: Chain, how: How, stop: Stop) -> Solved:
+def decided(chain: Chain, how: How) -> Solved:
     """Solve a chain the way that is expected to be cheapest. Torch's kernel gives results and no trajectory."""
-    return _Decider(chain, how, stop).solved()
+    return _Decider(chain, how).solved()
 
 
 class _Decider:
     """One solve of a chain."""
 
-    def __init__(self, chain: Chain, how: How, stop: Stop) -> None:
-        self.chain, self.how, self.stop = chain, how, stop
+    def __init__(self, chain: Chain, how: How) -> None:
+        self.chain, self.how = chain, how
         self.known = knowledge(chain, how)
+
+    @functools.cached_property
+    def stop(self) -> Stop:
+        """What counts as no change."""
+        return Stop([self.how.tolerance(first.dtype) for first in self.chain.init])
 
     @functools.cached_property
     def inner(self) -> Chain:
@@ -172,11 +177,15 @@ class _Decider:
         contenders = [*self.in_order, *windows]
         if len(contenders) == 1:
             known.window, known.reason = LOOP, known.memory
-        elif before is not None and known.tried < 0 and _alike(before.merge, known.merge) and before.window in contenders:
+        elif before is not None and known.tried < 0 and _alike(before.merge, known.merge) and self._can_run(before.window):
             known.window, known.tried, known.reason = before.window, known.merge, f"{before.reason} (by an earlier process)"
         elif not _alike(known.tried, known.merge):
             known.tried, known.window, known.turns, known.rounds = known.merge, LOOP, {}, MOST_TURNS
             known.trials = contenders
+
+    def _can_run(self, contender: int) -> bool:
+        """Whether a contender of an earlier process, which may lie between the windows tried at first, fits this chain."""
+        return contender in self.in_order or (contender >= SHORTEST_WINDOW and contender < self.chain.count)
 
     def _memory(self, states: list[Tensor]) -> tuple[float, str]:
         """The merge length, and a word about it."""

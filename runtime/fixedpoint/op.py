@@ -57,13 +57,13 @@ def solve(
 
 def run_solver(chain: Chain, how: How) -> Solved:
     """Solve a chain as ``how`` says."""
+    if how.solver == "auto" and not how.sweeps:
+        return decided(chain, how)
     stop = Stop([how.tolerance(first.dtype) for first in chain.init])
     window = min(how.window or DEFAULT_WINDOW, chain.count)
     if how.sweeps:
         return jacobi(chain, stop, sweeps=min(how.sweeps, chain.count))
     match how.solver:
-        case "auto":
-            return decided(chain, how, stop)
         case "jacobi":
             return jacobi(chain, stop)
         case "blocks":

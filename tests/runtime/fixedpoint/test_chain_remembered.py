@@ -95,6 +95,20 @@ def test_a_second_process_starts_with_what_the_first_has_chosen() -> None:
     assert "earlier process" in second.reason
 
 
+@pytest.mark.parametrize(("window", "is_taken"), [(0, True), (23, True), (-1, False), (3, False), (400, False)])
+def test_a_window_between_the_first_ones_is_taken_and_one_that_cannot_run_is_not(window: int, is_taken: bool) -> None:
+    chain, how = tanh_chain(400, rows=1), How("auto")
+    decide.forget()
+    run_solver(chain, how)
+    merge = decide.knowledge(chain, how).merge
+    remember(decide.key_of(chain, how), SOME._replace(merge=merge, window=window))
+    decide.forget()
+    run_solver(chain, how)
+    known = decide.knowledge(chain, how)
+    assert bool(known.trials) != is_taken
+    assert known.window == (window if is_taken else 0)
+
+
 def test_a_choice_for_another_memory_is_tried_anew() -> None:
     chain, how = tanh_chain(400, rows=1), How("auto")
     remember(decide.key_of(chain, how), SOME._replace(merge=300.0))
