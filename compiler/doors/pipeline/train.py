@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from ....runtime.engines.base import Engine
 from ...capture import initial_state
+from ...errors import InputError
 from ...verify.report import Verdict
-from ..resident_state import ResidentState
+from ..resident_state import ResidentState, settings_of
 from .compile import CompiledPipeline
 from .options import PipelineOrder
 from .session import PipelineSession, loss_in
@@ -23,17 +24,24 @@ class PipelineTrainStep:
 
     The gradients of all micro-batches are added up first, those of parameters that several stages read are added to one another,
     then every stage runs the optimizer for its own parameters. ``optimizer.state_dict()`` and ``model.state_dict()`` stay true and
-    may be loaded into; a learning-rate scheduler works. Other hyper-parameters are baked in when the step is compiled.
+    may be loaded into; a learning-rate scheduler works. Other hyper-parameters are constants of the stages, and a step that finds
+    one changed is refused.
     """
 
     def __init__(self, order: PipelineOrder, optimizer: Optimizer, engine: str | Engine, clip_norm: float | None) -> None:
         self.optimizer = optimizer
         self._state = ResidentState(order.model, optimizer, initial_state(order.model, optimizer))
+        self._settings = settings_of(optimizer)
         full = dataclasses.replace(order, optimizer=optimizer, clip_norm=clip_norm)
         self.session = PipelineSession(full, engine, self._state.tensors)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one step on this batch and return the loss, a scalar tensor without gradient."""
+        if settings_of(self.optimizer) != self._settings:
+            raise InputError(
+                "a hyper-parameter of the optimizer, or its parameters, have changed since hocket.train_step was called, and "
+                "the stages hold all but lr as constants: make a new train_step"
+            )
         self._state.refresh()
         _, outputs = self.session.run(self.session.model, args, kwargs, train=True)
         self._state.leave_out(self.session.elsewhere)

@@ -169,3 +169,15 @@ def test_an_engine_of_the_users_own_outlives_the_modules_on_it() -> None:
         with pytest.raises(InputError, match="was closed"):
             first(X)
         assert second(X).shape == (4, 8)
+
+
+def test_a_pipeline_refuses_a_hyper_parameter_that_its_stages_hold() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    with hocket.train_step(model, "pp=2", optimizer, loss=_mean_square, engine="sim", verify="off") as step:
+        step(X)
+        optimizer.param_groups[0]["lr"] = 0.1
+        step(X)
+        optimizer.param_groups[0]["momentum"] = 0.5
+        with pytest.raises(InputError, match="make a new train_step"):
+            step(X)
