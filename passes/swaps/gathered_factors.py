@@ -54,11 +54,34 @@ class Factor:
         return nbytes_of(self.source.meta["val"])
 
 
-Gathered = dict[tuple[fx.Node, int], fx.Node]
-"""Factors that are gathered already, by what was gathered and the axis."""
+class Held:
+    """What ranks hold whole. gathered: by what was gathered, and the axis; holders: nodes by the logical value that they carry."""
+
+    def __init__(self, program: Program) -> None:
+        self.gathered: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.holders: dict[str, list[fx.Node]] = {}
+        for node in program.nodes:
+            if note(node).carries:
+                self.holders.setdefault(note(node).carries, []).append(node)
+
+    def whole(self, source: fx.Node, site: Site, reader: fx.Node) -> fx.Node | None:
+        """A value of the same segment, there before ``reader``, that holds all of what would be gathered: because it was gathered
+        for another product, or is sliced."""
+        known = self.gathered.get((source, site.number))
+        if known is not None and known < reader:
+            return known
+        (layout,) = note(source).layouts or (None,)
+        if layout is None:
+            return None
+        wanted = (*layout[: site.number], Replicate(), *layout[site.number + 1 :])
+        for node in self.holders.get(note(source).carries, ()):
+            here = node.op == "placeholder" or note(node).phase is note(source).phase
+            if here and note(node).layouts == (wanted,) and not node._erased and node < reader:
+                return node
+        return None
 
 
-def find_gathered_factors(program: Program, wait: fx.Node, site: Site, context: Context, gathered: Gathered) -> Trade | str:
+def find_gathered_factors(program: Program, wait: fx.Node, site: Site, context: Context, held: Held) -> Trade | str:
     """The swap at a sum over ranks, or why there is none."""
     collective = collective_of(wait)
     if collective.target not in SENT:
@@ -82,11 +105,11 @@ def find_gathered_factors(program: Program, wait: fx.Node, site: Site, context: 
     rows = Cut(0, 1, root.meta["val"].shape[0] // site.parts) if scatters and root.meta["val"].dim() else None
     if scatters and (rows is None or root.meta["val"].shape[0] % site.parts):
         return f"its operand does not have {site.parts} equal chunks of rows"
-    before, after = _bills(collective, product, factors, site, gathered)
+    before, after = _bills(collective, product, factors, site, held)
     text = f"the factors of {product.name} gathered, {'its own rows' if scatters else 'all of it'} made on every rank"
     cuts = Cuts(context.rules, site.parts, Order(program.graph.graph))
     swap = _Swap(program, wait, root, product, site, cuts)
-    return Trade(before, after, text, product, lambda: swap.make(factors, rows, gathered))
+    return Trade(before, after, text, product, lambda: swap.make(factors, rows, held))
 
 
 def _factor(node: fx.Node, dim: int, site: Site) -> Factor | str:
@@ -106,23 +129,7 @@ def _factor(node: fx.Node, dim: int, site: Site) -> Factor | str:
     return found
 
 
-def whole_already(source: fx.Node, site: Site) -> fx.Node | None:
-    """A value of the same segment that holds all of what would be gathered: it was sliced before."""
-    carried, (layout,) = note(source).carries, note(source).layouts or (None,)
-    if not carried or layout is None:
-        return None
-    wanted = (*layout[: site.number], Replicate(), *layout[site.number + 1 :])
-    node = source.prev
-    while node.op != "root":
-        held = note(node)
-        here = node.op == "placeholder" or held.phase is note(source).phase
-        if here and held.carries == carried and held.layouts == (wanted,):
-            return node
-        node = node.prev
-    return None
-
-
-def _bills(collective: fx.Node, product: fx.Node, factors: list[Factor], site: Site, gathered: Gathered) -> tuple[Bill, Bill]:
+def _bills(collective: fx.Node, product: fx.Node, factors: list[Factor], site: Site, held: Held) -> tuple[Bill, Bill]:
     """What the sum takes as it stands, and with its factors gathered."""
     parts, cluster, kind = site.parts, site.cluster, SENT[collective.target]
     nbytes, made = nbytes_of(tensor_inputs(collective)[0].meta["val"]), list(product.meta["val"].shape)
@@ -137,7 +144,7 @@ def _bills(collective: fx.Node, product: fx.Node, factors: list[Factor], site: S
         done /= parts
     after = Bill(done)
     for factor in dict.fromkeys(factors):
-        if (factor.source, site.number) in gathered or whole_already(factor.source, site) is not None:
+        if held.whole(factor.source, site, product) is not None:
             continue
         seconds = message_seconds("gather", factor.nbytes, parts, site.axis, cluster)
         if factor.dim:
@@ -155,11 +162,11 @@ class _Swap:
         self.own = OwnChunks(self.graph, program.mesh, site.axis, cuts)
         self.own.local.template = template_of(product, NAME)
 
-    def make(self, factors: list[Factor], rows: Cut | None, gathered: Gathered) -> None:
+    def make(self, factors: list[Factor], rows: Cut | None, held: Held) -> None:
         """Gather, multiply, and put the result in place of the sum; of a scattered one the rank's own rows."""
         dead, number, product = unused(self.graph), self.site.number, self.product
         with self.graph.inserting_before(product):
-            whole = [self._whole(factor, gathered) for factor in factors]
+            whole = [self._whole(factor, held) for factor in factors]
             made = self.own.repeat(product, whole, product.meta["val"].shape)
         assert made is not None  # the sizes of a product follow from its factors
         describe(made, product, number, Replicate())
@@ -182,23 +189,20 @@ class _Swap:
         self.wait.replace_all_uses_with(result)
         erase_unused(self.graph, dead)
 
-    def _whole(self, factor: Factor, gathered: Gathered) -> fx.Node:
+    def _whole(self, factor: Factor, held: Held) -> fx.Node:
         """A factor of which every rank holds everything."""
         local, number = self.own.local, self.site.number
         source = factor.source
-        key = (source, number)
-        held = whole_already(source, self.site)
-        if held is not None:
-            gathered[key] = held
-        elif key not in gathered:
+        value = held.whole(source, self.site, self.product)
+        if value is None:
             (layout,), (shape,) = note(source).layouts or (None,), note(source).global_shapes or (None,)
             assert layout is not None
             assert shape is not None
             after = (*layout[:number], Replicate(), *layout[number + 1 :])
             step = Step(StepKind.ALL_GATHER, number, layout, after)
-            gathered[key] = emit_step(local, step, source, shape, f"{source.name}_all_gather_{self.site.axis}")
-            place(gathered[key], source, number, Replicate())
-        value = gathered[key]
+            value = emit_step(local, step, source, shape, f"{source.name}_all_gather_{self.site.axis}")
+            place(value, source, number, Replicate())
+            held.gathered[source, number] = value
         for view in factor.views:
             (shape,) = note(view).global_shapes or (None,)
             assert shape is not None

@@ -21,7 +21,7 @@ from ..remembered import Remembered
 from ..tiles.fuse import WAIT, exposed_seconds, least_seconds
 from ..tiles.regions import collective_of
 from ..timeline import KINDS
-from .gathered_factors import Gathered, find_gathered_factors
+from .gathered_factors import Held, find_gathered_factors
 from .partial_product import find_partial_product
 from .trade import NAME, Site, Trade
 
@@ -53,10 +53,10 @@ class SwapProducts:
             return program.decided(Decision(NAME, "", applied=False, reason="the program is not lowered to a mesh"))
         chosen = self.known.choose(program, lambda: self._search(copy_program(program)[0], context))
         new, _ = copy_program(program)
-        gathered: Gathered = {}
+        held = Held(new)
         for name in chosen.waits:
             wait = next(node for node in new.nodes if node.name == name)
-            found = _find(new, wait, context, {}, gathered)
+            found = _find(new, wait, context, {}, held)
             if isinstance(found, str):
                 raise HocketError(
                     f"the swap of {collective_of(wait).name} cannot be made at these sizes: {found} "
@@ -68,7 +68,7 @@ class SwapProducts:
     def _search(self, program: Program, context: Context) -> Swaps:
         """Look at every collective in order, swapping on the way: a factor that is gathered once serves several products."""
         exposed = exposed_seconds(program, context)
-        gathered: Gathered = {}
+        held = Held(program)
         swapped: list[str] = []
         decisions: list[Decision] = []
         for name in [node.name for node in program.nodes if node.target is WAIT]:
@@ -78,7 +78,7 @@ class SwapProducts:
             collective = collective_of(wait)
             if collective.target not in KINDS:
                 continue
-            decided = self._decided(_find(program, wait, context, exposed, gathered), collective, context)
+            decided = self._decided(_find(program, wait, context, exposed, held), collective, context)
             decisions.append(decided[0])
             if decided[1] is not None:
                 swapped.append(name)
@@ -101,7 +101,7 @@ class SwapProducts:
         return Decision(NAME, collective.name, applied, reason, found.gain, source), found if applied else None
 
 
-def _find(program: Program, wait: fx.Node, context: Context, exposed: dict[str, float], gathered: Gathered) -> Trade | str:
+def _find(program: Program, wait: fx.Node, context: Context, exposed: dict[str, float], held: Held) -> Trade | str:
     """The swap that a collective allows, or why it allows none."""
     assert program.mesh is not None
     collective = collective_of(wait)
@@ -115,5 +115,5 @@ def _find(program: Program, wait: fx.Node, context: Context, exposed: dict[str, 
     partial = find_partial_product(program, wait, site, context)
     if isinstance(partial, Trade):
         return partial
-    factors = find_gathered_factors(program, wait, site, context, gathered)
+    factors = find_gathered_factors(program, wait, site, context, held)
     return factors if isinstance(factors, Trade) or partial == "it gathers nothing" else partial

@@ -21,7 +21,9 @@ from hocket.compiler.program import Decision, Program, copy_program
 from hocket.compiler.rules.table import RuleTable
 from hocket.compiler.verify.report import Status
 from hocket.passes.swaps import partial_product
+from hocket.passes.swaps.gathered_factors import Held
 from hocket.passes.swaps.swap import SwapProducts
+from hocket.passes.swaps.trade import Site
 from hocket.runtime.mesh import Mesh
 from hocket.runtime.transports.transport import LinkCost
 
@@ -188,6 +190,19 @@ def test_a_factor_that_is_whole_already_is_not_sent() -> None:
     after = compiled(Pair(), torch.randn(8, 16), always(), tactic=hocket.DataParallel("tp"))
     bytes_of = {d.node: int(d.reason.split(" -> ")[2].split(" bytes")[0]) for d in decisions(after) if d.applied}
     assert sorted(bytes_of.values()) == [4 * 4 * 64, 4 * 4 * 64 + 4 * 4 * 16]  # relu; its gradient and x
+
+
+def test_a_gather_serves_a_product_only_if_it_comes_before_it() -> None:
+    """A product that stands earlier, but whose sum comes later, gathers for itself."""
+    made = compiled(Pair(bias=False), torch.randn(8, 16), tactic=hocket.DataParallel("tp"))
+    program, _ = copy_program(made.lowered)
+    held = Held(program)
+    source = next(n for n in program.nodes if n.name == "relu")
+    late = program.nodes[-2]
+    site = Site("tp", 0, 2, Cluster.default(), {})
+    held.gathered[source, 0] = late
+    assert held.whole(source, site, program.nodes[-1]) is late
+    assert held.whole(source, site, source.next) is None
 
 
 def test_scattered_gradients_make_their_own_rows_only() -> None:
