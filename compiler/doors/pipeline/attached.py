@@ -158,7 +158,7 @@ class AttachedRunner:
     def __init__(self, compiled: CompiledPipeline, tensors: Mapping[Port, Tensor], engine: AttachEngine) -> None:
         programs = emitted(compiled)
         layouts = held_layouts(compiled, programs)
-        _check_whole(layouts, engine)
+        check_whole(layouts, engine)
         rank = engine.mesh.coordinate(engine.rank)[compiled.order.tactic.axis]
         here = compiled.schedule.stages_of(rank)
         parts = [part for form in compiled.forms for part in parts_of(form.pipeline) if part.stage in here]
@@ -196,7 +196,8 @@ class AttachedRunner:
         """Nothing is left behind: all memory is this process's own."""
 
 
-def _check_whole(layouts: Mapping[Port, Sequence[str]], engine: AttachEngine) -> None:
+def check_whole(layouts: Mapping[Port, Sequence[str]], engine: AttachEngine) -> None:
+    """InputError where an axis beside the pipeline's cuts what a stage holds."""
     for port, layout in layouts.items():
         if any(shard_dim(placement) is not None for placement in layout):
             raise InputError(

@@ -13,7 +13,7 @@ from pipeline_support import Language, one_thread, plain_step, tokens
 from torch import nn
 
 import hocket
-from hocket.compiler.doors.pipeline.attached import OwnStages, open_attached
+from hocket.compiler.doors.pipeline.attached import OwnStages, check_whole, open_attached
 from hocket.compiler.doors.pipeline.batch import Batch
 from hocket.compiler.doors.pipeline.compile import compile_pipeline
 from hocket.compiler.doors.pipeline.options import pipeline_order
@@ -21,6 +21,7 @@ from hocket.compiler.doors.pipeline.units import partition_as_before
 from hocket.errors import InputError
 from hocket.runtime.engines.attach import AttachEngine
 from hocket.runtime.mesh import Mesh
+from hocket.runtime.schedule.stage import Port
 
 __all__ = ["one_thread"]
 
@@ -103,6 +104,14 @@ def test_later_forms_of_call_leave_every_parameter_where_it_is() -> None:
     assert list(found.values()) == sorted(found.values())
     with pytest.raises(InputError, match="needs the stages in another order"):
         partition_as_before(served, {name: (2 - stages[0],) for name, stages in settled.items()})
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_weights_that_are_cut_within_a_stage_are_refused_by_name() -> None:
+    with AttachEngine(Mesh.parse("pp=1"), device="cpu") as engine:
+        check_whole({Port("param", "head.weight"): ("R",)}, engine)
+        with pytest.raises(InputError, match=r"param head.weight is cut \(S\(0\)\) on mesh pp=1: .* use engine='local'"):
+            check_whole({Port("param", "head.weight"): ("S(0)",)}, engine)
 
 
 @pytest.mark.usefixtures("no_launcher")
