@@ -35,7 +35,14 @@ class StateWatch:
         ]
         parts = [(f"{path}." if path else "", owner) for path, owner in module.named_modules()]
         self._children = [(owner._modules, list(owner._modules.items()), prefix) for prefix, owner in parts if owner._modules]
-        self._attributes = [_Attributes(owner, prefix) for prefix, owner in parts if set(owner.__dict__) - _OWN]
+        self._attributes: list[tuple[dict[str, Any], str, Any, str]] = [
+            (owner.__dict__, name, value, prefix + name)
+            for prefix, owner in parts
+            for name, value in owner.__dict__.items()
+            if name not in _OWN
+        ]
+        self._plain = [_fetched(owner.__dict__) for _, owner in parts if _plain_names(owner.__dict__)]
+        self._others = [(table, name, value) for table, name, value, _ in self._attributes if not isinstance(value, _PLAIN)]
 
     def changed(self) -> str:
         """Qualified name of the first thing that is not what it was, "" if none."""
@@ -54,45 +61,35 @@ class StateWatch:
 
     def changed_attribute(self) -> str:
         """Qualified name of the first attribute that has another value, "" if none."""
-        return next((found for one in self._attributes if (found := one.changed())), "")
+        if self._attributes_stand():
+            return ""
+        return next((full for table, name, value, full in self._attributes if name not in table or _differ(table[name], value)), "")
 
-
-class _Attributes:
-    """The attributes of one module that its class or its user gave it. Looked at in every call, so all at once."""
-
-    def __init__(self, owner: nn.Module, prefix: str) -> None:
-        self._table = owner.__dict__
-        self._prefix = prefix
-        self._before = {name: value for name, value in owner.__dict__.items() if name not in _OWN}
-        self._plain = _Values([name for name, value in self._before.items() if isinstance(value, _PLAIN)], self._table)
-        self._others = [(name, value) for name, value in self._before.items() if not isinstance(value, _PLAIN)]
-
-    def changed(self) -> str:
-        table = self._table
-        if not self._plain.same(table) or any(table.get(name) is not value for name, value in self._others):
-            return self._prefix + next(
-                name for name, value in self._before.items() if name not in table or _differ(table[name], value)
-            )
-        return ""
-
-
-class _Values:
-    """The values of some names, fetched in one go."""
-
-    def __init__(self, names: list[str], table: dict[str, Any]) -> None:
-        self._fetch: Callable[[dict[str, Any]], Any] = operator.itemgetter(*names) if names else lambda _: ()
-        self._before = self._fetch(table)
-
-    def same(self, table: dict[str, Any]) -> bool:
+    def _attributes_stand(self) -> bool:
+        """Looked at in every call, so by a tuple of values a module."""
         try:
-            return bool(self._fetch(table) == self._before)
+            for fetch, table, before in self._plain:
+                if fetch(table) != before:
+                    return False
         except (KeyError, RuntimeError, ValueError, TypeError):  # gone, or something that does not compare, such as a tensor
             return False
+        return all(table.get(name) is value for table, name, value in self._others)
+
+
+def _plain_names(table: dict[str, Any]) -> list[str]:
+    return [name for name, value in table.items() if name not in _OWN and isinstance(value, _PLAIN)]
+
+
+def _fetched(table: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Any]:
+    """(a function that fetches all plain attributes in one go, where from, what it gives now)."""
+    names = _plain_names(table)
+    fetch = operator.itemgetter(names[0], *names)  # a tuple even of one name: tuples take an object for equal to itself, nan too
+    return fetch, table, fetch(table)
 
 
 def _differ(now: Any, before: Any) -> bool:
     if isinstance(before, _PLAIN) and isinstance(now, _PLAIN):
-        return bool(now != before)
+        return now is not before and bool(now != before)
     return now is not before
 
 
