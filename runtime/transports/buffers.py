@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class SharedBuffer:
                 f"this transport gives no view of remote memory: buffer {self.name!r} of index {peer} is out of reach"
             )
         return self.tensors[peer]
+
+
+def over(memory: Any, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that lies in some memory from a byte on."""
+    if not prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=start).view(shape)
 
 
 def checked_slot(slot: int) -> int:

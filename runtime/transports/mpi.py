@@ -29,7 +29,7 @@ import torch
 
 from ..errors import InputError
 from ..mesh import Mesh
-from .buffers import SharedBuffer, checked_slot
+from .buffers import SharedBuffer, checked_slot, over
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportError, TransportTimeout
 
 _BARRIER, _SPEC, _WORDS = SLOTS, SLOTS + 1, SLOTS + 3
@@ -89,9 +89,8 @@ class MpiTransport:
     """
 
     def __init__(self, mesh: Mesh, timeout: float = 1800.0, *, views: bool = True) -> None:
-        reason = "" if importlib.util.find_spec("mpi4py") else why_unavailable()
-        if reason:
-            raise InputError(f"expected mpi4py for the MPI transport: {reason}")
+        if importlib.util.find_spec("mpi4py") is None:
+            raise InputError(f"expected mpi4py for the MPI transport: {why_unavailable()}")
         self._mpi: Any = importlib.import_module("mpi4py.MPI")  # starts MPI
         world = self._mpi.COMM_WORLD
         if world.Get_size() != mesh.size:
@@ -130,11 +129,11 @@ class MpiTransport:
             raise TransportError(f"rank {self.rank}: no memory for buffer {name!r}, {nbytes:,} bytes: {error}") from error
         window.Lock_all(self._mpi.MODE_NOCHECK)
         if group.is_shared:
-            copies = [_tensor(window.Shared_query(peer)[0], shape, dtype) for peer in range(len(group.members))]
+            copies = [over(window.Shared_query(peer)[0], 0, shape, dtype) for peer in range(len(group.members))]
         else:
             empty = torch.empty(0, dtype=dtype)
             copies = [
-                _tensor(memoryview(window), shape, dtype) if peer == group.own else empty for peer in range(len(group.members))
+                over(memoryview(window), 0, shape, dtype) if peer == group.own else empty for peer in range(len(group.members))
             ]
         buffer = SharedBuffer(name, tuple(shape), dtype, axis, group.own, tuple(copies), group.made, sees_all=group.is_shared)
         buffer.local.zero_()
@@ -204,8 +203,7 @@ class MpiTransport:
         self._store(self._groups[axis], peer, checked_slot(slot), value)
 
     def _store(self, group: _Group, peer: int, slot: int, value: int) -> None:
-        for window in group.windows.values():
-            window.Sync()  # what was written through views comes first
+        self._seen(group)  # what was written through views comes first
         word, kind = torch.tensor([value]), self._mpi.INT64_T
         group.words.Accumulate([_bytes(word), 1, kind], peer, [group.own * _WORDS + slot, 1, kind], self._mpi.REPLACE)
         group.words.Flush(peer)
@@ -249,7 +247,7 @@ class MpiTransport:
         return found[0]
 
     def _seen(self, group: _Group) -> bool:
-        """Let this processor see what a signal has announced."""
+        """Let this processor see what a signal has announced, and others what it has written."""
         for window in group.windows.values():
             window.Sync()
         return True
@@ -297,12 +295,6 @@ class MpiTransport:
 
 _KEPT: list[Any] = []
 """Windows of closed transports: freeing one waits for all ranks."""
-
-
-def _tensor(memory: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    if not math.prod(shape):
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

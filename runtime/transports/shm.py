@@ -5,7 +5,6 @@ Nothing moves by itself: a peer's copy is written in place, by the rank that put
 
 from __future__ import annotations
 
-import mmap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 from ..exchange import Exchange, Heap
 from ..mail import Mailbox, Message
-from .buffers import SharedBuffer, checked_slot
+from .buffers import SharedBuffer, checked_slot, over
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportError, TransportTimeout
 
 _BARRIER, _SPEC = SLOTS + 2, SLOTS + 3
@@ -77,7 +76,7 @@ class ShmTransport:
         except OSError as error:
             size = f"{numel * dtype.itemsize:,} bytes on each of {len(group.members)} ranks"
             raise TransportError(f"rank {self.rank}: no shared memory for buffer {name!r}, {size}: {error.strerror}") from error
-        tensors = tuple(_over(mapping, index * each, shape, dtype) for index in range(len(group.members)))
+        tensors = tuple(over(mapping, index * each, shape, dtype) for index in range(len(group.members)))
         buffer = SharedBuffer(name, tuple(shape), dtype, axis, group.own, tensors, (place, each))
         buffer.local.zero_()
         self._agree(group, buffer)
@@ -217,9 +216,3 @@ class ShmTransport:
             outbound = tuple(self._exchange.signal_word(member, number, own) for member in members)
             found = self._groups[axis] = _Group(number, members, own, Heap(self._exchange, number), inbound, outbound)
         return found
-
-
-def _over(mapping: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    if not prod(shape):
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mapping, dtype=dtype, count=prod(shape), offset=start).view(shape)
