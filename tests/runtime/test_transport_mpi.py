@@ -60,15 +60,6 @@ def test_mpi_ranks_do_what_every_transport_does(tmp_path: Path, views: str) -> N
         assert [one["looped"] for one in found] == [whole[:4].flatten().tolist(), whole[4:].flatten().tolist()]
 
 
-@needs_mpi
-@pytest.mark.slow
-def test_every_axis_of_a_mesh_has_its_own_mpi_ranks(tmp_path: Path) -> None:
-    found = ranks(tmp_path, "a=2,b=2", "views")
-    for axis, groups in (("a", [(0, 2), (1, 3)]), ("b", [(0, 1), (2, 3)])):
-        for members in groups:
-            check([found[rank]["facts"][axis] for rank in members])
-
-
 def test_without_mpi4py_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpi.importlib.util, "find_spec", lambda _name: None)
     assert "pip install hocket[mpi]" in mpi.why_unavailable()
