@@ -88,15 +88,15 @@ def _measured(width: int, steps: int, batch: int, scale: float) -> Choice:
         if not decide.is_trying():
             break
     known = decide.knowledge(chain, how)
-    warm = 0 if known.merge == math.inf else known.warm
+    warm, chosen = 0 if known.merge == math.inf else known.warm, known.window  # which may change: choices are looked at again
     contenders: dict[int, Callable[[], object]] = {0: lambda: loop(chain)}
-    for window in {16, 32, 64, 128, known.window} - {0}:
+    for window in {16, 32, 64, 128, chosen} - {0}:
         if window < steps:
             contenders[window] = functools.partial(_in_blocks, chain, how, window, warm)
-    contenders[known.window] = lambda: run_solver(chain, how)  # what deciding costs is part of it
+    contenders[chosen] = lambda: run_solver(chain, how)  # what deciding costs is part of it
     beside = _in_turns(contenders)
     case = f"T={steps}, B={batch}, H={width}, weights x {scale:g}"
-    return Choice(case, known.window, beside[known.window], min(beside.values()))
+    return Choice(case, chosen, beside[chosen], min(beside.values()))
 
 
 def _in_blocks(chain: Chain, how: How, window: int, warm: int) -> object:

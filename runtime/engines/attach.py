@@ -10,7 +10,9 @@ port is replicated.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..communicator import Communicator, SingleCommunicator, Wire
 from ..errors import CollectiveMismatch, InputError, RunError
@@ -79,12 +83,9 @@ class AttachEngine:
 
     def _join(self, place: Place, timeout: float) -> None:
         if not dist.is_initialized():
+            limit = datetime.timedelta(seconds=timeout)
             dist.init_process_group(
-                backend_for(self.device),
-                init_method=f"tcp://{place.address}:{place.port}" if place.launcher != "torchrun" else "env://",
-                rank=place.rank,
-                world_size=place.world,
-                timeout=datetime.timedelta(seconds=timeout),
+                backend_for(self.device), store=_meeting_place(place), rank=place.rank, world_size=place.world, timeout=limit
             )
             self._owns_group = True
         self.agree(str(self.mesh), f"mesh {self.mesh}")  # before groups are made: they would be made of different ranks
@@ -238,6 +239,23 @@ class AttachEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         if error is None:
             self.close()  # after an error the peers may be gone: taking the groups down would wait for them
+
+
+_WORLDS = itertools.count(1)
+
+
+def _meeting_place(place: Place) -> Store:
+    """Where ranks find each other, with names of its own for every world that this process joins: what an earlier one has left in
+    the store would send its ranks to sockets that are closed."""
+    return PrefixStore(f"hocket-world-{next(_WORLDS)}", _store(place))
+
+
+@functools.cache
+def _store(place: Place) -> Store:
+    """The launcher's store, or one that rank 0 serves for as long as its process lives."""
+    url = "env://" if place.launcher == "torchrun" else f"tcp://{place.address}:{place.port}"
+    store: Store = next(rendezvous(url, place.rank, place.world))[0]
+    return store
 
 
 def _unshared(value: torch.Tensor | None, bound: dict[int, torch.Tensor]) -> torch.Tensor | None:

@@ -15,6 +15,8 @@ from pipeline_support import Language, plain_step, tokens
 
 import hocket
 from hocket.errors import InputError
+from hocket.runtime.engines.attach import AttachEngine
+from hocket.runtime.mesh import Mesh
 
 ROWS = (3, 3, 2)
 
@@ -126,6 +128,13 @@ def main() -> None:
         case "training":
             optimizer_on_stages("pp=2", tied=False)
             optimizer_on_stages("pp=2", tied=True)
+        case "worlds":
+            for number in range(6):
+                engine = AttachEngine(Mesh.parse("pp=2"), device="cpu", timeout=60)
+                assert engine.settle(f"world {number} of rank {engine.rank}") == f"world {number} of rank 0"
+                engine.close()
+                assert not dist.is_initialized()
+            print("equal worlds", flush=True)
         case "replicas":
             optimizer_on_stages("pp=2,dp=2", tied=True)
 

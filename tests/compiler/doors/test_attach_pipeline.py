@@ -42,6 +42,10 @@ def test_stages_on_launched_ranks_train_like_one_process() -> None:
     assert launch("both", 2).count("equal") == 4
 
 
+def test_engines_that_make_one_world_after_the_other_find_each_other_every_time() -> None:
+    assert launch("worlds", 2).count("equal worlds") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "count"), [("gradients", 6), ("training", 4)])
 def test_every_schedule_and_tied_weights_on_launched_ranks(case: str, count: int) -> None:
