@@ -54,6 +54,12 @@ def duplicate_collective(program: Program, choose: random.Random) -> str:
     node = _pick(program, choose, _is_reduction)
     if node is None:
         return ""
+    reduce_twice(program, node)
+    return f"{node.name} twice"
+
+
+def reduce_twice(program: Program, node: fx.Node) -> None:
+    """Make a reduction a second time, of its own result."""
     wait = next(iter(node.users))
     with program.graph.graph.inserting_after(wait):
         again = program.graph.graph.call_function(c10d.all_reduce.default, (wait, *node.args[1:]))
@@ -62,7 +68,6 @@ def duplicate_collective(program: Program, choose: random.Random) -> str:
     again.meta.update(node.meta)
     ready.meta.update(wait.meta)
     wait.replace_all_uses_with(ready, delete_user_cb=lambda user: user is not again)
-    return f"{node.name} twice"
 
 
 def other_reduction(program: Program, choose: random.Random) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from .hall import Compiled, Options, compile_program, prove_again, run_exactly
 from .loaded import Leftovers, Loaded
 from .state import ModelState
 from .threads import single_threaded
+from .watch import in_mode
 
 if TYPE_CHECKING:
     from ..verify.report import Verdict
@@ -97,7 +97,7 @@ class Session:
             log.warning("hocket: %s was changed since the last call: compiling again", moved)
             self._specialisations.clear()
         model = self.state.captured
-        with _mode(model, training=mode):
+        with in_mode(model, training=mode):
             train = torch.is_grad_enabled() and _needs_gradient(model, args, kwargs)
             self._latest = self._specialisations.get(model, args, kwargs, training=train, make=self._compile)
         return self._latest
@@ -161,17 +161,6 @@ class Session:
         compiled = self.compiled
         verdict = prove_again(compiled, self.options, level)
         return verdict.also(run_exactly(compiled, self.options, self.engine)) if canary else verdict
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Give the model itself the mode of its parallel view; its submodules are shared and have theirs already."""
-    before = model.training
-    model.__dict__["training"] = training
-    try:
-        yield
-    finally:
-        model.__dict__["training"] = before
 
 
 def _needs_gradient(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

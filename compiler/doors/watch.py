@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -132,3 +133,14 @@ def _identity(tensor: Tensor | None) -> tuple[Tensor | None, int, bool]:
 def _address(tensor: Tensor) -> int:
     """Where the memory of a tensor, or of this rank's piece of it, begins."""
     return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).data_ptr()
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Give the model itself the mode of its parallel view; its submodules are shared and have theirs already."""
+    before = model.training
+    model.__dict__["training"] = training
+    try:
+        yield
+    finally:
+        model.__dict__["training"] = before

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .transport import SLOTS, TransportError
+from .transport import SLOTS, Symmetric, TransportError
 
 
 @dataclass(eq=False)
@@ -37,6 +37,22 @@ class SharedBuffer:
                 f"this transport gives no view of remote memory: buffer {self.name!r} of index {peer} is out of reach"
             )
         return self.tensors[peer]
+
+
+class ThroughViews:
+    """Transports whose ranks see each other's memory: what moves data is a copy."""
+
+    def put(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
+        """See ``Transport``."""
+        buffer.at(peer).narrow(0, row, source.shape[0]).copy_(source)
+
+    def accumulate(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
+        """See ``Transport``."""
+        buffer.at(peer).narrow(0, row, source.shape[0]).add_(source)
+
+    def get(self, buffer: Symmetric, peer: int, out: torch.Tensor, row: int = 0) -> torch.Tensor:
+        """See ``Transport``."""
+        return out.copy_(buffer.at(peer).narrow(0, row, out.shape[0]))
 
 
 def over(memory: Any, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,6 @@ A wait holds the host, not the stream: what a rank launches after it finds the d
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import math
 import time
@@ -26,7 +25,8 @@ import torch.distributed as dist
 
 from ..errors import InputError
 from ..mesh import Mesh
-from .buffers import SharedBuffer, checked_slot
+from .buffers import SharedBuffer, ThroughViews, checked_slot
+from .gloo import GlooTransfer
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportError, TransportTimeout
 
 _BARRIER, _WORDS = SLOTS, SLOTS + 2
@@ -103,22 +103,14 @@ class TorchSymmetricMemory:
 
 
 @dataclass
-class CudaTransfer:
+class CudaTransfer(GlooTransfer):
     """See ``Transfer``. staging: what the process group moves; it lies on the host where the group is gloo's."""
 
-    work: Any
-    tensor: torch.Tensor
     staging: torch.Tensor
-    limit: float
-    what: str
 
     def wait(self, timeout: float | None = None) -> torch.Tensor:
         """See ``Transfer``."""
-        limit = self.limit if timeout is None else timeout
-        try:
-            self.work.wait(datetime.timedelta(seconds=limit))
-        except RuntimeError as error:
-            raise TransportTimeout(f"waited {limit:g} s for {self.what}: {error}") from error
+        super().wait(timeout)
         return self.tensor if self.staging is self.tensor else self.tensor.copy_(self.staging)
 
 
@@ -133,7 +125,7 @@ class _Group:
     barriers: int = 0
 
 
-class CudaTransport:
+class CudaTransport(ThroughViews):
     """See ``Transport``. groups: per axis of the mesh, the process group of this rank and its members as ranks; memory: where
     buffers lie, by default that of the current device. All ranks make it at the same time; they meet."""
 
@@ -190,18 +182,6 @@ class CudaTransport:
         self.barrier(buffer.axis)
         buffer.tensors = ()
 
-    def put(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
-        """See ``Transport``."""
-        buffer.at(peer).narrow(0, row, source.shape[0]).copy_(source)
-
-    def accumulate(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
-        """See ``Transport``."""
-        buffer.at(peer).narrow(0, row, source.shape[0]).add_(source)
-
-    def get(self, buffer: Symmetric, peer: int, out: torch.Tensor, row: int = 0) -> torch.Tensor:
-        """See ``Transport``."""
-        return out.copy_(buffer.at(peer).narrow(0, row, out.shape[0]))
-
     # --- signals
 
     def signal(self, peer: int, slot: int, value: int, axis: str, nbytes: int = 0) -> None:  # noqa: ARG002  (takes no time of its own)
@@ -252,14 +232,14 @@ class CudaTransport:
         group = self._groups[axis]
         staging = tensor.contiguous() if self._moves_on_device(group) else tensor.contiguous().cpu()
         work = dist.isend(staging, group.members[peer], group.group, _FIRST_TAG + tag)
-        return CudaTransfer(work, staging, staging, self.default_timeout, f"rank {group.members[peer]} to take message {tag}")
+        return CudaTransfer(work, staging, self.default_timeout, f"rank {group.members[peer]} to take message {tag}", staging)
 
     def irecv(self, out: torch.Tensor, peer: int, tag: int, axis: str) -> CudaTransfer:
         """See ``Transport``. ``out`` must be contiguous."""
         group = self._groups[axis]
         staging = out if self._moves_on_device(group) else torch.empty_like(out, device="cpu")
         work = dist.irecv(staging, group.members[peer], group.group, _FIRST_TAG + tag)
-        return CudaTransfer(work, out, staging, self.default_timeout, f"rank {group.members[peer]} to send message {tag}")
+        return CudaTransfer(work, out, self.default_timeout, f"rank {group.members[peer]} to send message {tag}", staging)
 
     def _moves_on_device(self, group: _Group) -> bool:
         return bool(dist.get_backend(group.group) == "nccl")

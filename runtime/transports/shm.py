@@ -15,7 +15,7 @@ import torch
 
 from ..exchange import Exchange, Heap
 from ..mail import Mailbox, Message
-from .buffers import SharedBuffer, checked_slot, over
+from .buffers import SharedBuffer, ThroughViews, checked_slot, over
 from .transport import SLOTS, Capability, LinkCost, Symmetric, TransportError, TransportTimeout
 
 _BARRIER, _SPEC = SLOTS + 2, SLOTS + 3
@@ -50,7 +50,7 @@ class ShmTransfer:
         return self.message.result
 
 
-class ShmTransport:
+class ShmTransport(ThroughViews):
     """See ``Transport``. Made by every rank of the mesh; cost: measured figures, where there are some; tile_axes: how far the loops
     of each axis have come, for whoever runs them on these signals."""
 
@@ -107,18 +107,6 @@ class ShmTransport:
         self.barrier(buffer.axis)
         buffer.tensors = ()
         self._group(buffer.axis).heap.give_back(*buffer.where)
-
-    def put(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
-        """See ``Transport``."""
-        buffer.at(peer).narrow(0, row, source.shape[0]).copy_(source)
-
-    def accumulate(self, buffer: Symmetric, peer: int, source: torch.Tensor, row: int = 0) -> None:
-        """See ``Transport``."""
-        buffer.at(peer).narrow(0, row, source.shape[0]).add_(source)
-
-    def get(self, buffer: Symmetric, peer: int, out: torch.Tensor, row: int = 0) -> torch.Tensor:
-        """See ``Transport``."""
-        return out.copy_(buffer.at(peer).narrow(0, row, out.shape[0]))
 
     # --- signals
 

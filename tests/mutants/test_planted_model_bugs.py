@@ -13,6 +13,7 @@ from hocket.compiler.layout import Replicate
 from hocket.compiler.program import Program, RoleKind, annotate, copy_program, note
 from hocket.compiler.verify.levels import Question, ask, ring_level, types_level
 from hocket.testing.models import lowered
+from hocket.testing.mutations import reduce_twice
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -51,17 +52,6 @@ def _drop(node: fx.Node) -> None:
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
 
 
-def _twice(program: Program, node: fx.Node) -> None:
-    wait = next(iter(node.users))
-    with program.graph.graph.inserting_after(wait):
-        again = program.graph.graph.call_function(c10d.all_reduce.default, (wait, *node.args[1:]))
-    with program.graph.graph.inserting_after(again):
-        ready = program.graph.graph.call_function(c10d.wait_tensor.default, (again,))
-    again.meta.update(node.meta)
-    ready.meta.update(wait.meta)
-    wait.replace_all_uses_with(ready, delete_user_cb=lambda user: user is not again)
-
-
 def _times(program: Program, node: fx.Node, factor: float) -> None:
     with program.graph.graph.inserting_after(node):
         scaled = program.graph.graph.call_function(aten.mul.Scalar, (node, factor))
@@ -78,7 +68,7 @@ def missing_backward_reduction(program: Program) -> None:
 
 
 def doubled_reduction(program: Program) -> None:
-    _twice(program, _forward_reduction(program))
+    reduce_twice(program, _forward_reduction(program))
 
 
 def maximum_instead_of_sum(program: Program) -> None:

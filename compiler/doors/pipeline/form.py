@@ -187,12 +187,17 @@ def _rewritten(
     mesh = order.inner or order.mesh
     retrace = Retrace(order.model, *call, step=lambda args, kwargs: _capture(order, (args, kwargs), share, train=train))
     smaller = smaller_programs(program, retrace, mesh)
-    context = Context(mesh, RuleTable(), Cluster.current())
+    context = Context(mesh, RuleTable(), _cluster(order))
     return run_passes(program, order.rewrites, context, level=order.level, retrace=smaller)
 
 
+def _cluster(order: PipelineOrder) -> Cluster:
+    """What the machine costs; where every rank compiles for itself, what rank 0 believes."""
+    return Cluster.current() if order.agreement is None else order.agreement.cluster()
+
+
 def _context(order: PipelineOrder, program: Program, like: Form | None) -> Context:
-    cluster = Cluster.current() if order.agreement is None else order.agreement.cluster()
+    cluster = _cluster(order)
     rules = RuleTable()
     if order.inner is None:
         return Context(Mesh(((order.tactic.axis, order.ranks),)), rules, cluster)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +27,7 @@ from ...report.pipeline import explain_pipeline
 from ...verify.report import Verdict
 from ..engines import engine_opener
 from ..threads import single_threaded
-from ..watch import StateWatch, state_of
+from ..watch import StateWatch, in_mode, state_of
 from .attached import AttachedRunner, OwnStages, WorldAgreement, open_attached
 from .batch import Batch, CallArgs
 from .compile import CompiledPipeline, compile_pipeline
@@ -115,7 +115,7 @@ class PipelineSession:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, mode: bool) -> None:
         """Compile the training step for this form of call."""
-        with _mode(self.model, training=mode):
+        with in_mode(self.model, training=mode):
             self._ready(self.model, args, kwargs, train=True)
 
     def _ready(
@@ -129,7 +129,7 @@ class PipelineSession:
         if moved:
             log.warning("hocket: %s was replaced since the last call: compiling again", moved)
             self._made.clear()
-        with _mode(self.model, training=module.training):
+        with in_mode(self.model, training=module.training):
             self._latest = self._made.get(self.model, args, kwargs, training=train, make=self._make)
         return (*self._latest, batch)
 
@@ -219,13 +219,3 @@ def _joined(weights: list[float], *pieces: Any) -> Any:
             else torch.stack(pieces).mean()
         )
     return torch.stack([weight * piece for weight, piece in zip(weights, pieces, strict=True)]).sum()
-
-
-@contextlib.contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = model.training
-    model.__dict__["training"] = training
-    try:
-        yield
-    finally:
-        model.__dict__["training"] = before
